@@ -1,0 +1,54 @@
+"""The errors that a user can meet; each message says what is wrong, where, and what would be valid.
+
+    HarnessError             exit code 1
+      UsageError             exit code 2: nothing was started, nothing was changed
+        ConfigError          the YAML file or an override
+        DataError            a data file that is missing, truncated or of another format
+        RunDirectoryError    the run directory is in use, already holds a run, or is not a run
+        LaunchError          the ranks cannot be started as asked
+      CheckpointError        no checkpoint can be read, or one does not fit this model
+      RankFailure            a rank died, or the ranks do not form the world that was promised
+      StoppedEarly           exit code 75: stopped on request, with a checkpoint; run again to go on
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class HarnessError(Exception):
+    """Base of every error that is reported as one message without a traceback."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(HarnessError):
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    pass
+
+
+class DataError(UsageError):
+    pass
+
+
+class RunDirectoryError(UsageError):
+    pass
+
+
+class LaunchError(UsageError):
+    pass
+
+
+class CheckpointError(HarnessError):
+    pass
+
+
+class RankFailure(HarnessError):  # noqa: N818 - an event of the job, named as the field names it
+    pass
+
+
+class StoppedEarly(HarnessError):  # noqa: N818
+    exit_code = 75
