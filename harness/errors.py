@@ -1,14 +1,14 @@
 """The errors that a user can meet; each message says what is wrong, where, and what would be valid.
 
-    HarnessError             exit code 1
-      UsageError             exit code 2: nothing was started, nothing was changed
-        ConfigError          the YAML file or an override
-        DataError            a data file that is missing, truncated or of another format
-        RunDirectoryError    the run directory is in use, already holds a run, or is not a run
-        LaunchError          the ranks cannot be started as asked
-      CheckpointError        no checkpoint can be read, or one does not fit this model
-      RankFailure            a rank died, or the ranks do not form the world that was promised
-      StoppedEarly           exit code 75: stopped on request, with a checkpoint; run again to go on
+HarnessError             exit code 1
+  UsageError             exit code 2: nothing was started, nothing was changed
+    ConfigError          the YAML file or an override
+    DataError            a data file that is missing, truncated or of another format
+    RunDirectoryError    the run directory is in use, already holds a run, or is not a run
+    LaunchError          the ranks cannot be started as asked
+  CheckpointError        no checkpoint can be read, or one does not fit this model
+  RankFailure            a rank died, or the ranks do not form the world that was promised
+  StoppedEarly           exit code 75: stopped on request, with a checkpoint; run again to go on
 """
 
 from __future__ import annotations

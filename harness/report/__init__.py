@@ -1,0 +1,14 @@
+"""Run directories in, one self-contained page out: ``build_report``.
+
+fields.py    lenient access to records that may be null, absent or of the wrong type; number formats
+runs.py      one run as the report sees it: columns, evaluations, attempts, what is missing
+summary.py   the numbers of the page, each with its unit and its source; the answer in sentences
+curves.py    thinning of long curves
+figures.py   the SVG figures (the only module that loads matplotlib)
+tables.py    stage table, event list, CSV files
+build.py     puts the parts together and writes the files (the only one that loads jinja2)
+"""
+
+from harness.report.build import build_report
+
+__all__ = ["build_report"]

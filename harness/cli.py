@@ -1,0 +1,129 @@
+"""The ``harness`` command: parses, calls, and turns errors into one message and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.errors import HarnessError
+
+_OVERRIDES = "settings laid over the file, such as batch.initial=128"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code (0 done, 1 failed, 2 bad usage, 75 stopped early)."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except HarnessError as error:
+        print(f"harness: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `harness plan … | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="harness",
+        description="Train PyTorch image models with a growing global batch, and see how far it "
+        "scales.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    plan = commands.add_parser("plan", help="the stage table, before anything runs")
+    _add_config(plan)
+    plan.add_argument("--json", action="store_true", help="for programs")
+    plan.set_defaults(run=_plan)
+
+    run = commands.add_parser("run", help="start the ranks, train, report")
+    _add_config(run)
+    run.add_argument("--ranks", type=int, metavar="N", help="ranks from start to end")
+    run.add_argument("--hosts", metavar="A:2,B:2", help="hosts and their slots; default: this one")
+    run.add_argument(
+        "--launcher",
+        choices=("horovodrun", "mpirun"),
+        default="horovodrun",
+        help="what starts the ranks (default: %(default)s)",
+    )
+    run.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/NAME-TIME")
+    run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    run.add_argument("--dry-run", action="store_true", help="print the command and stop")
+    run.set_defaults(run=_run)
+
+    train = commands.add_parser("train", help="what each rank executes; alone, one process")
+    _add_config(train)
+    train.add_argument("--run-dir", type=Path, metavar="DIR", required=True)
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    train.set_defaults(run=_train)
+
+    report = commands.add_parser("report", help="one page from one or more run directories")
+    report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
+    report.add_argument("-o", "--out", type=Path, metavar="DIR", help="default: RUN_DIR/report")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=_OVERRIDES)
+
+
+# Each command imports what it needs itself: planning must not wait for torch.
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from harness.config import load_config
+    from harness.data_sizes import train_size
+    from harness.schedule.plan import build_plan
+
+    config = load_config(options.config, options.overrides)
+    plan = build_plan(config, train_size(config.data.dataset, config.data.root))
+    if options.json:
+        print(json.dumps(plan.as_dict(), indent=2))
+    else:
+        from harness.schedule.table import print_plan
+
+        print_plan(config, plan)
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from launch.supervise import RunRequest, run
+
+    return run(
+        RunRequest(
+            config_path=options.config,
+            overrides=tuple(options.overrides),
+            ranks=options.ranks,
+            hosts=options.hosts,
+            launcher=options.launcher,
+            run_dir=options.run_dir,
+            resume=options.resume,
+            dry_run=options.dry_run,
+        )
+    )
+
+
+def _train(options: argparse.Namespace) -> int:
+    from harness.worker import train
+
+    return train(options.config, options.overrides, options.run_dir, options.resume)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from harness.report import build_report
+
+    print(build_report(options.run_dirs, options.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

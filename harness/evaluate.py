@@ -1,0 +1,60 @@
+"""Loss and accuracy on a data set's test split, exact over all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from harness.comm.base import Communicator, allreduce
+from harness.data.datasets import ImageSplit
+
+_BATCH = 250
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    loss: float
+    accuracy: float
+    samples: int
+
+
+def evaluate(model: nn.Module, split: ImageSplit, comm: Communicator) -> Evaluation:
+    """Mean cross-entropy and top-1 accuracy over the split.
+
+    Each rank takes an equal share, give or take one sample; sums travel in float64, so no sample is
+    dropped or counted twice. The model is left in training mode.
+    """
+    model.eval()
+    bounds = [len(split) * i // comm.size for i in range(comm.size + 1)]
+    mine = np.arange(bounds[comm.rank], bounds[comm.rank + 1], dtype=np.int64)
+    sums = torch.zeros(3, dtype=torch.float64)
+    with torch.inference_mode():
+        for start in range(0, len(mine), _BATCH):
+            images, labels = split.batch(mine[start : start + _BATCH])
+            logits = model(images)
+            losses = functional.cross_entropy(logits, labels, reduction="none")
+            correct = (logits.argmax(dim=1) == labels).sum()
+            sums += torch.stack(
+                (losses.double().sum(), correct.double(), torch.tensor(len(labels)).double())
+            )
+    model.train()
+    loss, correct_count, samples = allreduce(comm, sums, "evaluation").tolist()
+    return Evaluation(loss / samples, correct_count / samples, int(samples))
+
+
+def average_buffers(model: nn.Module, comm: Communicator) -> None:
+    """Replace floating-point buffers (batch norm's running statistics) by their mean over ranks.
+
+    Each rank sees its own micro-batches, so the buffers drift apart until then.
+    """
+    buffers = [b for b in model.buffers() if b.is_floating_point() and b.numel()]
+    if not buffers or comm.size == 1:
+        return
+    flat = torch.cat([buffer.detach().double().reshape(-1) for buffer in buffers])
+    allreduce(comm, flat, "buffers").div_(comm.size)
+    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))

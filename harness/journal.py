@@ -1,0 +1,57 @@
+"""What a running job writes down: metrics, events, checkpoints. Only rank 0 writes; the rest ask."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from harness import checkpoint
+from harness.records import TRAJECTORY_EVENTS, JsonlWriter, Position, RunDirectory, now
+
+
+class Journal:
+    """The records of a run while it goes on; on ranks other than 0 every method does nothing."""
+
+    def __init__(
+        self, run: RunDirectory, writes: bool, keep_checkpoints: int, position: Position
+    ) -> None:
+        """``position``: how much of the records is there already, for a run that goes on."""
+        self._run = run
+        self._keep = keep_checkpoints
+        self._lines, self._trajectory = position.metrics, position.events
+        self._metrics = JsonlWriter(run.metrics) if writes else None
+        self._events = JsonlWriter(run.events) if writes else None
+
+    def event(self, kind: str, update: int, **fields: Any) -> None:
+        """Append a line to events.jsonl. ``update``: the last one that it depends on."""
+        if self._events is not None:
+            self._trajectory += kind in TRAJECTORY_EVENTS
+            self._events.append({"kind": kind, "update": update, "time": now(), **fields})
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        if self._metrics is not None:
+            self._lines += 1
+            self._metrics.append(line)
+
+    def save(self, update: int, samples_seen: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint, after everything that was recorded before it."""
+        if self._metrics is None or self._events is None:
+            return
+        self._metrics.sync()
+        events = self._events
+        # The checkpoint's own event is written before the checkpoint gets its name.
+        position = Position(self._lines, self._trajectory + 1)
+
+        def announce() -> None:
+            name = checkpoint.checkpoint_name(update)
+            self.event("checkpoint", update, samples_seen=samples_seen, file=name)
+            events.sync()
+
+        checkpoint.save_checkpoint(self._run.checkpoints, update, {**state, "records": asdict(position)}, self._keep, announce)
+
+    def close(self) -> None:
+        for writer in (self._metrics, self._events):
+            if writer is not None:
+                writer.sync()
+                writer.close()

@@ -1,0 +1,95 @@
+"""Where a run's numbers come from: versions, machine, settings. No secrets: names are allow-listed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.comm.base import Communicator
+from harness.environment import host, usable_cores
+from harness.records import now
+
+_PACKAGES = (
+    "scaling-harness",
+    "torch",
+    "torchvision",
+    "horovod",
+    "mpi4py",
+    "numpy",
+    "scikit-learn",
+)
+_VARIABLES = ("HOROVOD_", "OMPI_MCA_", "OMP_NUM_THREADS", "NCCL_", "CUDA_VISIBLE_DEVICES", "MKL_")
+# Launchers put addresses and keys of their own into variables that begin like settings.
+_SETTINGS_ONLY = ("ADDR", "KEY", "SECRET", "TOKEN", "PASSWORD", "URI", "IFACE", "HOSTNAME", "PORT")
+
+
+def collect(comm: Communicator) -> dict[str, Any]:
+    """Provenance of a run as plain data; called on rank 0."""
+    return {
+        "started": now(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _PACKAGES},
+        },
+        "source": _git_commit(),
+        "communication": {
+            "kind": comm.kind,
+            "ranks": comm.size,
+            "ranks_per_host": comm.local_size,
+        },
+        "hardware": {
+            "host": host(),
+            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+            "processor": _processor(),
+            "usable_cores": usable_cores(),
+            "threads_per_rank": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+        "environment": _settings(),
+    }
+
+
+def _settings() -> dict[str, str]:
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_VARIABLES) and not any(word in name for word in _SETTINGS_ONLY)
+    }
+
+
+def _version(package: str) -> str | None:
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return None
+
+
+def _processor() -> str | None:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return None
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that this package runs from, with ``+`` if files differ from it."""
+    here = Path(__file__).resolve().parent.parent
+    with suppress(OSError, subprocess.SubprocessError):
+        result = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+        return result.stdout.strip() or None
+    return None

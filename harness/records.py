@@ -1,0 +1,335 @@
+"""The run directory: its layout, its lock, and the JSON Lines files that a run appends to.
+
+    config.yaml  provenance.json  plan.json
+    metrics.jsonl   one line per logging window
+    events.jsonl    stage changes and why, evaluations, checkpoints, faults, restarts
+    checkpoints/    update-00001234.pt and its digest
+    failures/       the last words of ranks that failed
+    report/         index.html, summary.json, *.csv, *.svg
+
+Only rank 0 writes records. A line goes out in one ``write``, so a killed process leaves at most one
+partial line, at the end, which the next attempt cuts off.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import yaml
+
+from harness.errors import RunDirectoryError
+
+Record = dict[str, Any]
+
+# Events that belong to the trajectory: a resumed run writes them again, so those past the
+# checkpoint are cut. All others (start, restart, fault, stop) tell what happened to the processes
+# and stay.
+TRAJECTORY_EVENTS = frozenset({"stage", "evaluation", "checkpoint", "skipped_update", "end"})
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Names of everything in a run directory; creates nothing by itself."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def provenance(self) -> Path:
+        return self.path / "provenance.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def failures(self) -> Path:
+        return self.path / "failures"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    @property
+    def stop_request(self) -> Path:
+        """A file whose presence asks the running job to stop at the next update."""
+        return self.path / "stop"
+
+    @property
+    def launch_log(self) -> Path:
+        return self.path / "launch.log"
+
+    @property
+    def holds_run(self) -> bool:
+        return any(p.exists() for p in (self.config, self.metrics, self.events, self.checkpoints))
+
+    def check_usable(self, resume: bool) -> None:
+        """Raise RunDirectoryError unless a run may start here (or go on, with ``resume``)."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunDirectoryError(f"{self.path} is not a directory; choose another --run-dir")
+        if resume and not self.config.exists():
+            raise RunDirectoryError(
+                f"{self.path} holds no run to resume (no config.yaml); leave out --resume to start one"
+            )
+        if not resume and self.holds_run:
+            raise RunDirectoryError(
+                f"{self.path} already holds a run; continue it with --resume "
+                "or choose another --run-dir"
+            )
+
+
+class RunLock:
+    """An advisory lock that one process (rank 0) holds for as long as it writes to a run directory.
+
+    It lives in the kernel, so it goes with the process that held it, however that died.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._path = run.path / "lock"
+        self._fd: int | None = None
+
+    def acquire(self, patience: float = 0.0) -> None:
+        """Take the lock; raise RunDirectoryError that names the holder after ``patience`` seconds."""
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    continue
+                holder = os.pread(fd, 1000, 0).decode(errors="replace").strip() or "another process"
+                os.close(fd)
+                raise RunDirectoryError(
+                    f"{self._path.parent} is in use by {holder}; wait for that run to end, "
+                    "stop it, or choose another --run-dir"
+                ) from None
+        os.ftruncate(fd, 0)
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()} since {started}\n".encode(), 0)
+        self._fd = fd
+
+    def release(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+def check_unlocked(run: RunDirectory) -> None:
+    """Raise RunDirectoryError while another process holds the lock; leaves nothing behind."""
+    if (run.path / "lock").exists():
+        with RunLock(run):
+            pass
+
+
+def encode(record: Record) -> bytes:
+    """One JSON line. A value that JSON cannot hold (NaN, ±inf) becomes null: missing, never 0."""
+    return (json.dumps(_finite(record), separators=(",", ":"), allow_nan=False) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return value
+
+
+class JsonlWriter:
+    """Appends records to a JSON Lines file, a line in one write."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+    def append(self, record: Record) -> None:
+        line = encode(record)
+        written = os.write(self._fd, line)
+        if written != len(line):
+            raise OSError(
+                f"{self._path}: only {written} of {len(line)} bytes were written; disk full?"
+            )
+
+    def sync(self) -> None:
+        """Wait until every line is on the disk."""
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def read_jsonl(path: Path) -> Iterator[Record | None]:
+    """Records of a JSON Lines file in order; None for a line that is not a complete JSON object."""
+    if not path.exists():
+        return
+    with path.open("rb") as lines:
+        for line in lines:
+            record = None
+            if line.endswith(b"\n"):
+                with suppress(ValueError):
+                    record = json.loads(line)
+            yield record if isinstance(record, dict) else None
+
+
+@dataclass(frozen=True)
+class Position:
+    """How much of the records belongs to a checkpoint: lines of metrics, trajectory events."""
+
+    metrics: int = 0
+    events: int = 0
+
+
+def rewind(run: RunDirectory, position: Position) -> None:
+    """Cut what was recorded after a checkpoint, so that the resumed run writes it anew, once."""
+    _keep_lines(run.metrics, position.metrics)
+    seen = 0
+    kept = []
+    for record in read_jsonl(run.events):
+        if record is None:
+            continue
+        if record.get("kind") in TRAJECTORY_EVENTS:
+            seen += 1
+            if seen > position.events:
+                continue
+        kept.append(encode(record))
+    if run.events.exists():
+        write_atomic(run.events, b"".join(kept))
+
+
+def _keep_lines(path: Path, count: int) -> None:
+    """Cut a file after its first ``count`` lines, in place: it may be too long to copy."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        for _ in range(count):
+            if not file.readline().endswith(b"\n"):
+                break
+        file.truncate(file.tell())
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file in one step: readers see the old bytes or the new ones, also after a crash."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(_finite(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def now() -> str:
+    """The wall clock, for people who read records; nothing is computed from it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """What a run directory tells. ``problems`` says what is missing or broken, in words."""
+
+    path: Path
+    config: Record | None
+    provenance: Record | None
+    plan: Record | None
+    metrics: list[Record]
+    events: list[Record]
+    problems: list[str] = field(default_factory=list)
+
+
+def read_run(path: Path) -> RunRecords:
+    """Read a run directory with whatever is there; raises RunDirectoryError if it is no run."""
+    run = RunDirectory(path)
+    if not path.is_dir():
+        raise RunDirectoryError(f"{path} is not a directory; give a run directory (…/runs/NAME)")
+    if not run.holds_run:
+        raise RunDirectoryError(
+            f"{path} holds no run: none of config.yaml, metrics.jsonl, events.jsonl, checkpoints/"
+        )
+    problems: list[str] = []
+    return RunRecords(
+        path=path,
+        config=_read_object(run.config, yaml.safe_load, problems),
+        provenance=_read_object(run.provenance, json.loads, problems),
+        plan=_read_object(run.plan, json.loads, problems),
+        metrics=_read_lines(run.metrics, problems),
+        events=_read_lines(run.events, problems),
+        problems=problems,
+    )
+
+
+def _read_object(path: Path, parse: Callable[[str], Any], problems: list[str]) -> Record | None:
+    try:
+        value = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problems.append(f"{path.name} is missing")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problems.append(f"{path.name} cannot be read: {type(error).__name__}")
+    else:
+        if isinstance(value, dict):
+            return value
+        problems.append(f"{path.name} is not a mapping")
+    return None
+
+
+def _read_lines(path: Path, problems: list[str]) -> list[Record]:
+    if not path.exists():
+        problems.append(f"{path.name} is missing")
+    records = list(read_jsonl(path))
+    broken = sum(record is None for record in records)
+    if broken:
+        problems.append(f"{path.name}: {broken} of {len(records)} lines are broken and left out")
+    return [record for record in records if record is not None]

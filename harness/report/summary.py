@@ -1,0 +1,318 @@
+"""The numbers of the page, each with its unit and the field it comes from, and the answer in words.
+
+Throughput is taken from the windows of metrics.jsonl. The first window of each attempt is warm-up
+and is left out. Every other window counts, so the spread also holds the differences between stages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from harness.records import Record
+from harness.report.fields import (
+    Series,
+    clean,
+    count,
+    duration,
+    general,
+    instant,
+    number,
+    percent,
+    pick,
+    plural,
+    quantile,
+)
+from harness.report.runs import Evaluation, Run
+
+
+@dataclass(frozen=True)
+class Number:
+    """A value of the summary; None where the records do not tell."""
+
+    name: str
+    value: float | None
+    unit: str
+    source: str
+
+
+class Summary(dict[str, Number]):
+    """The numbers of one run by name."""
+
+    def of(self, name: str) -> float | None:
+        return self[name].value
+
+
+def summarise(run: Run) -> Summary:
+    """Every number that the page states about a run."""
+    parts = (_progress(run), _accuracy(run), _throughput(run), _ranks_and_time(run), _events(run))
+    return Summary((n.name, n) for part in parts for n in part)
+
+
+def last(values: Series) -> float | None:
+    """The last known value."""
+    return next((v for v in reversed(values) if v is not None), None)
+
+
+def largest(values: Series) -> float | None:
+    return max((v for v in values if v is not None), default=None)
+
+
+def _progress(run: Run) -> Iterator[Number]:
+    samples, updates = largest(run.columns["samples_seen"]), largest(run.columns["update"])
+    totals: Any = pick(run.records.plan, "totals")
+    initial = number(run.config("batch", "initial"))
+    fixed = math.ceil(samples / initial) if samples is not None and initial else None
+    share = updates / fixed if updates is not None and fixed else None
+    planned = number(pick(totals, "samples"))
+    size = number(pick(totals, "dataset_size"))
+    metrics = "metrics.jsonl: "
+    yield Number("samples_seen", samples, "samples", metrics + "largest samples_seen")
+    yield Number("samples_planned", planned, "samples", "plan.json: totals.samples")
+    yield Number("dataset_size", size, "samples", "plan.json: totals.dataset_size")
+    yield Number("epochs", last(run.columns["epoch"]), "epochs", metrics + "last epoch")
+    yield Number("updates", updates, "updates", metrics + "largest update")
+    yield Number("initial_batch", initial, "samples", "config.yaml: batch.initial")
+    batch = largest(run.columns["global_batch"])
+    yield Number("largest_batch", batch, "samples", metrics + "largest global_batch")
+    source = "samples_seen / initial_batch, rounded up"
+    yield Number("updates_at_initial_batch", fixed, "updates", source)
+    source = "updates / updates_at_initial_batch"
+    yield Number("updates_share_of_initial_batch", share, "fraction", source)
+    loss = last(run.columns["loss"])
+    yield Number(
+        "final_training_loss", loss, "nats", metrics + "loss of the last line that has one"
+    )
+
+
+def _accuracy(run: Run) -> Iterator[Number]:
+    known = [e for e in run.evaluations if e.accuracy is not None]
+    final = known[-1] if known else Evaluation(None, None, None, None, None)
+    best = max(known, key=lambda e: e.accuracy or 0.0) if known else final
+    lines = len(run.evaluations) if run.records.events else None
+    at = "events.jsonl: {} of the {} evaluation"
+    yield Number("evaluations", lines, "evaluations", "events.jsonl: lines of kind evaluation")
+    for key, which, evaluation in (("final", "last", final), ("best", "most accurate", best)):
+        for field, unit in (("accuracy", "fraction"), ("loss", "nats")):
+            value = getattr(evaluation, field)
+            yield Number(f"{key}_test_{field}", value, unit, at.format(field, which))
+        source = at.format("samples_seen", which)
+        yield Number(f"{key}_test_samples_seen", evaluation.samples_seen, "samples", source)
+
+
+def timed_windows(run: Run) -> list[int]:
+    """Positions of the windows that count for throughput."""
+    rates = run.columns["images_per_sec"]
+    return [i for i, r in enumerate(rates) if r is not None and r > 0 and i not in run.warm_up]
+
+
+def _throughput(run: Run) -> Iterator[Number]:
+    rates = run.columns["images_per_sec"]
+    windows = timed_windows(run)
+    ordered = sorted(rate for i in windows if (rate := rates[i]) is not None)
+    rule = "metrics.jsonl: {} of images_per_sec, first window of each attempt left out"
+    for name, share, what in (
+        ("median", 0.5, "median"),
+        ("p10", 0.1, "10th percentile"),
+        ("p90", 0.9, "90th percentile"),
+    ):
+        yield Number(
+            f"images_per_sec_{name}", quantile(ordered, share), "images/s", rule.format(what)
+        )
+    source = (
+        "metrics.jsonl: sum of samples / sum of (samples / images_per_sec) over the same windows"
+    )
+    yield Number("images_per_sec_overall", _overall(run, windows), "images/s", source)
+    lines = len(rates) or None
+    counted = len(windows) if lines else None
+    warm_up = len(run.warm_up) if lines else None
+    source = "metrics.jsonl: lines counted for throughput"
+    yield Number("windows_counted", counted, "windows", source)
+    source = "metrics.jsonl: first line of each attempt"
+    yield Number("windows_left_out", warm_up, "windows", source)
+
+
+def _overall(run: Run, windows: list[int]) -> float | None:
+    """Total samples over total time; a window's time is its samples over its images/s."""
+    seen, rates = run.columns["samples_seen"], run.columns["images_per_sec"]
+    samples = seconds = 0.0
+    for i in windows:
+        before, after, rate = seen[i - 1] if i else 0, seen[i], rates[i]
+        if before is not None and after is not None and rate and after > before:
+            samples += after - before
+            seconds += (after - before) / rate
+    return samples / seconds if seconds else None
+
+
+def _ranks_and_time(run: Run) -> Iterator[Number]:
+    ranks = [r for r in run.columns["ranks"] if r is not None]
+    source = "metrics.jsonl: {} ranks"
+    yield Number("ranks_first", ranks[0] if ranks else None, "ranks", source.format("first"))
+    yield Number("ranks_last", ranks[-1] if ranks else None, "ranks", source.format("last"))
+    yield Number("ranks_largest", largest(run.columns["ranks"]), "ranks", source.format("largest"))
+    wall = wall_seconds(run.records.events)
+    source = "events.jsonl: time of the last line - time of the first"
+    yield Number("wall_seconds", wall, "s", source)
+    ends = [number(event.get("seconds")) for event in run.events("end")]
+    source = "events.jsonl: seconds of the end line"
+    yield Number("seconds_of_last_attempt", last(ends), "s", source)
+
+
+def wall_seconds(events: list[Record]) -> float | None:
+    """From the first to the last line of events.jsonl, waiting between attempts included."""
+    stamps = [stamp for event in events if (stamp := instant(event.get("time"))) is not None]
+    if len(stamps) < 2 or stamps[-1] < stamps[0]:
+        return None
+    return (stamps[-1] - stamps[0]).total_seconds()
+
+
+def _events(run: Run) -> Iterator[Number]:
+    attempts = run.attempts
+    rule = "events.jsonl: start and resume lines"
+    total = attempts.total if attempts else None
+    restarts = attempts.restarts if attempts else None
+    continued = attempts.continuations if attempts else None
+    yield Number("attempts", total, "attempts", rule)
+    yield Number("restarts", restarts, "restarts", rule + " that do not follow a stop line")
+    yield Number("continuations", continued, "continuations", rule + " that follow a stop line")
+    for name, kind, unit in (
+        ("stages_begun", "stage", "stages"),
+        ("updates_skipped", "skipped_update", "updates"),
+        ("checkpoints_written", "checkpoint", "checkpoints"),
+        ("checkpoints_rejected", "checkpoint_rejected", "checkpoints"),
+    ):
+        lines = len(run.events(kind)) if run.records.events else None
+        yield Number(name, lines, unit, f"events.jsonl: lines of kind {kind}")
+
+
+def answer(run: Run, numbers: Summary) -> list[str]:
+    """The result of one run, in sentences; what is not known is said to be so."""
+    return [
+        _result_sentence(run, numbers),
+        _updates_sentence(numbers),
+        _throughput_sentence(numbers),
+        _time_sentence(run, numbers),
+    ]
+
+
+def describe(run: Run) -> str:
+    """The task of a run: ``lenet5 on digits``."""
+    model, dataset = run.config("model", "name"), run.config("data", "dataset")
+    return f"{_known(model, 'an unknown model')} on {_known(dataset, 'an unknown dataset')}"
+
+
+def _known(value: Any, otherwise: str) -> str:
+    return clean(value, 60) if isinstance(value, str) and value.strip() else otherwise
+
+
+def _result_sentence(run: Run, numbers: Summary) -> str:
+    state = {
+        "finished": "The run finished",
+        "stopped": "The run was stopped on request",
+        "unfinished": "The run is not finished",
+    }.get(run.status, "How far the run went is not recorded")
+    seen, epochs = numbers.of("samples_seen"), numbers.of("epochs")
+    if seen is not None:
+        state += f" after {count(seen)} samples"
+        state += f" ({general(epochs)} epochs)" if epochs is not None else ""
+    final, best = numbers.of("final_test_accuracy"), numbers.of("best_test_accuracy")
+    if final is None:
+        return f"{state}; no test accuracy has been recorded."
+    final_at = numbers.of("final_test_samples_seen")
+    late = f", last measured at {count(final_at)} samples" if final_at != seen and final_at else ""
+    at = numbers.of("best_test_samples_seen")
+    if best == final:
+        return f"{state} with a test accuracy of {percent(final)}{late}, its best."
+    where = f" at {count(at)} samples" if at is not None else ""
+    state += f" with a test accuracy of {percent(final)}{late}"
+    return f"{state}; its best was {percent(best)}{where}."
+
+
+def _updates_sentence(numbers: Summary) -> str:
+    done, fixed = numbers.of("updates"), numbers.of("updates_at_initial_batch")
+    initial, top = numbers.of("initial_batch"), numbers.of("largest_batch")
+    if done is None:
+        return "The number of updates is not recorded."
+    if fixed is None or initial is None:
+        return f"It took {plural(done, 'update')}; the initial batch is not recorded."
+    ratio = done / fixed
+    change = f"{abs(1 - ratio):.0%} {'fewer' if ratio < 1 else 'more'}"
+    compared = "as many" if done == fixed else change.replace("%", "\N{NO-BREAK SPACE}%")
+    grown = f", and the global batch reached {count(top)}" if top and top > initial else ""
+    return (
+        f"It took {plural(done, 'update')}, where a global batch of {count(initial)} throughout "
+        f"would have needed {count(fixed)} for the same samples: {compared}{grown}."
+    )
+
+
+def _throughput_sentence(numbers: Summary) -> str:
+    median, windows = numbers.of("images_per_sec_median"), numbers.of("windows_counted")
+    if median is None:
+        return "No throughput can be given: no window after the warm-up has one."
+    low, high = numbers.of("images_per_sec_p10"), numbers.of("images_per_sec_p90")
+    spread = f"10th to 90th percentile {general(low)} to {general(high)}"
+    return (
+        f"The median throughput was {general(median)} images/s ({spread}) over "
+        f"{plural(windows, 'logging window')}, the first of each attempt left out as warm-up."
+    )
+
+
+def _time_sentence(run: Run, numbers: Summary) -> str:
+    wall = numbers.of("wall_seconds")
+    upto = "end" if run.status == "finished" else "last event"
+    time = (
+        f"From the first start to the {upto} took {duration(wall)}"
+        if wall is not None
+        else "The wall time is not recorded"
+    )
+    first, top = numbers.of("ranks_first"), numbers.of("ranks_largest")
+    if first is None:
+        ranks = "on an unknown number of ranks"
+    elif first == top:
+        ranks = f"on {plural(top, 'rank')}"
+    else:
+        ranks = f"on {count(first)} to {plural(top, 'rank')}"
+    return f"{time}, {ranks}, {_restarts(numbers)}."
+
+
+def _restarts(numbers: Summary) -> str:
+    restarts, continued = numbers.of("restarts"), numbers.of("continuations")
+    if restarts is None:
+        return "and whether it was restarted is not known"
+    text = "without a restart" if not restarts else f"with {plural(restarts, 'restart')}"
+    if continued:
+        text += f" and {plural(continued, 'planned continuation')}"
+    return text
+
+
+def compare(runs: list[Run], summaries: list[Summary]) -> list[str]:
+    """What several runs say side by side, and whether they may be compared at all."""
+    sentences = [f"{len(runs)} runs are compared."]
+    for name, what, best, show in (
+        ("final_test_accuracy", "The highest final test accuracy is", max, percent),
+        ("updates", "The fewest updates are", min, count),
+        ("images_per_sec_median", "The highest median images/s is", max, general),
+        ("wall_seconds", "The shortest wall time is", min, duration),
+    ):
+        values = [v for s in summaries if (v := s.of(name)) is not None]
+        if values:
+            top = best(values)
+            holders = [r for r, s in zip(runs, summaries, strict=True) if s.of(name) == top]
+            who = ", ".join(f"run {r.number} ({r.name})" for r in holders[:3])
+            more = f" and {len(holders) - 3} more" if len(holders) > 3 else ""
+            known = "" if len(values) == len(runs) else f" (known for {len(values)} of {len(runs)})"
+            sentences.append(f"{what} {show(top)}, of {who}{more}{known}.")
+    return [*sentences, *_differences(runs, summaries)]
+
+
+def _differences(runs: list[Run], summaries: list[Summary]) -> Iterator[str]:
+    tasks = {describe(run) for run in runs}
+    if len(tasks) > 1:
+        yield "The runs are of different tasks, so their accuracies do not compare directly."
+    if len({summary.of("samples_seen") for summary in summaries}) > 1:
+        yield "The runs saw different numbers of samples: read the curves at equal samples seen."
+    unfinished = [str(run.number) for run in runs if run.status != "finished"]
+    if unfinished:
+        yield f"Not finished: run {', '.join(unfinished)}."

@@ -1,0 +1,340 @@
+"""The stage table, the list of events, flattened mappings, and the CSV files.
+
+A stage that was reached is described by what was measured (events.jsonl, metrics.jsonl); one that
+was not, by what is planned (plan.json). The two are never mixed in one row, except that the planned
+number of updates stands beside the number done.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import astuple, dataclass, fields
+from itertools import islice, pairwise
+from typing import Any
+
+from harness.records import Record
+from harness.report.fields import clean, count, duration, number, percent, pick, quantile, words
+from harness.report.runs import Evaluation, Run
+
+# metrics.csv holds at most this many lines; of a longer run every k-th, and the page says so.
+METRICS_ROWS = 100_000
+METRICS_COLUMNS = (
+    *("update", "samples_seen", "epoch", "stage", "ranks", "accumulation", "micro_batch"),
+    *("global_batch", "lr", "momentum", "loss", "images_per_sec", "comm_bytes", "grad_norm"),
+    *("noise_scale", "distance_from_init"),
+)
+PHASES = ("data", "forward", "backward", "comm_exposed", "optimizer", "other")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the stage table."""
+
+    stage: float
+    reached: bool
+    segment: float | None
+    start_epoch: float | None
+    end_epoch: float | None
+    start_samples: float | None
+    global_batch: float | None
+    ranks: float | None
+    accumulation: float | None
+    micro_batch: float | None
+    lr_first: float | None
+    lr_last: float | None
+    momentum: float | None
+    updates_planned: float | None
+    updates_done: float | None
+    images_per_sec_median: float | None
+    reason: str | None
+
+
+def stage_rows(run: Run) -> list[Stage]:
+    """One row per stage that is planned or was reached, in order."""
+    planned = _by_stage(_mappings(pick(run.records.plan, "stages")))
+    begun = _by_stage(run.events("stage"))
+    windows = _windows_by_stage(run)
+    reached = sorted(begun.keys() | windows.keys())
+    following = dict(pairwise(reached))
+    rows = [
+        _reached(
+            run,
+            stage,
+            begun.get(stage, []),
+            windows.get(stage, []),
+            planned.get(stage, [{}])[-1],
+            begun.get(following.get(stage, math.nan), []),
+        )
+        for stage in reached
+    ]
+    ahead = planned.keys() - begun.keys() - windows.keys()
+    rows += [_planned(stage, planned[stage][-1]) for stage in ahead]
+    return sorted(rows, key=lambda row: row.stage)
+
+
+def _mappings(value: Any) -> list[Record]:
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def _by_stage(records: list[Record]) -> dict[float, list[Record]]:
+    groups: dict[float, list[Record]] = {}
+    for record in records:
+        stage = number(record.get("stage"))
+        if stage is not None:
+            groups.setdefault(stage, []).append(record)
+    return groups
+
+
+def _windows_by_stage(run: Run) -> dict[float, list[int]]:
+    groups: dict[float, list[int]] = {}
+    for position, stage in enumerate(run.columns["stage"]):
+        if stage is not None:
+            groups.setdefault(stage, []).append(position)
+    return groups
+
+
+def _planned(stage: Any, plan: Record) -> Stage:
+    def get(name: str) -> float | None:
+        return number(plan.get(name))
+
+    return Stage(
+        stage=stage,
+        reached=False,
+        segment=get("segment"),
+        start_epoch=get("start_epoch"),
+        end_epoch=get("end_epoch"),
+        start_samples=None,
+        global_batch=get("global_batch"),
+        ranks=get("ranks"),
+        accumulation=get("accumulation"),
+        micro_batch=get("micro_batch"),
+        lr_first=get("lr_start"),
+        lr_last=get("lr_end"),
+        momentum=get("momentum"),
+        updates_planned=get("updates"),
+        updates_done=None,
+        images_per_sec_median=None,
+        reason=None,
+    )
+
+
+def _reached(
+    run: Run,
+    stage: Any,
+    events: list[Record],
+    windows: list[int],
+    plan: Record,
+    next_events: list[Record],
+) -> Stage:
+    """What the event of its begin and the windows of a stage say; ranks as they last were."""
+    first = events[0] if events else {}
+    lines = [run.records.metrics[i] for i in (windows[0], windows[-1])] if windows else [{}, {}]
+    sources = [lines[-1], events[-1] if events else {}]
+
+    def measured(name: str) -> float | None:
+        return next((v for record in sources if (v := number(record.get(name))) is not None), None)
+
+    following = number(pick(next_events[0], "epoch")) if next_events else None
+    return Stage(
+        stage=stage,
+        reached=True,
+        segment=number(plan.get("segment")),
+        start_epoch=number(first.get("epoch")),
+        end_epoch=following if following is not None else number(lines[-1].get("epoch")),
+        start_samples=number(first.get("samples_seen")),
+        global_batch=measured("global_batch"),
+        ranks=measured("ranks"),
+        accumulation=measured("accumulation"),
+        micro_batch=measured("micro_batch"),
+        lr_first=number(lines[0].get("lr")),
+        lr_last=number(lines[-1].get("lr")),
+        momentum=number(lines[-1].get("momentum")),
+        updates_planned=number(plan.get("updates")),
+        updates_done=_updates_done(run, windows),
+        images_per_sec_median=_median_rate(run, windows),
+        reason=words(first.get("reason")),
+    )
+
+
+def _updates_done(run: Run, windows: list[int]) -> float | None:
+    """Updates from the last window before the stage to its last window."""
+    updates = run.columns["update"]
+    if not windows:
+        return None
+    begin = updates[windows[0] - 1] if windows[0] else 0
+    end = updates[windows[-1]]
+    return end - begin if end is not None and begin is not None else None
+
+
+def _median_rate(run: Run, windows: list[int]) -> float | None:
+    rates = run.columns["images_per_sec"]
+    kept = [r for i in windows if i not in run.warm_up and (r := rates[i]) is not None and r > 0]
+    return quantile(sorted(kept), 0.5)
+
+
+@dataclass(frozen=True)
+class EventRow:
+    """A line of the list of events; ``tone`` marks what went wrong."""
+
+    time: str | None
+    update: float | None
+    samples_seen: float | None
+    tone: str
+    what: str
+
+
+def event_rows(run: Run) -> list[EventRow]:
+    """All events except evaluations and checkpoints, which are many and as they should be."""
+    rows = []
+    first = True
+    for event in run.records.events:
+        kind = event.get("kind")
+        if kind in ("evaluation", "checkpoint"):
+            continue
+        trouble = kind not in ("start", "resume", "stage", "stop", "end")
+        tone = "trouble" if trouble or (kind == "start" and not first) else "plain"
+        first = first and kind not in ("start", "resume")
+        rows.append(
+            EventRow(
+                time=words(event.get("time")),
+                update=number(event.get("update")),
+                samples_seen=number(event.get("samples_seen")),
+                tone=tone,
+                what=_TELL.get(str(kind), _tell_other)(event),
+            )
+        )
+    return rows
+
+
+def _get(event: Record, key: str) -> str:
+    value = event.get(key)
+    return count(number(value)) if not isinstance(value, str) else clean(value)
+
+
+def _tell_start(event: Record) -> str:
+    return f"Attempt {_get(event, 'attempt')} started on {_get(event, 'ranks')} ranks"
+
+
+def _tell_resume(event: Record) -> str:
+    return (
+        f"Attempt {_get(event, 'attempt')} resumed on {_get(event, 'ranks')} ranks "
+        f"from {_get(event, 'checkpoint')}"
+    )
+
+
+def _tell_stage(event: Record) -> str:
+    cut = " × ".join(_get(event, key) for key in ("ranks", "accumulation", "micro_batch"))
+    reason = words(event.get("reason"))
+    because = f": {reason}" if reason else " (reason not recorded)"
+    return (
+        f"Stage {_get(event, 'stage')}, global batch {_get(event, 'global_batch')} ({cut}){because}"
+    )
+
+
+def _tell_rejected(event: Record) -> str:
+    return f"Checkpoint {_get(event, 'file')} rejected: {_get(event, 'reason')}"
+
+
+def _tell_skipped(event: Record) -> str:
+    return f"Update skipped: {_get(event, 'reason')}"
+
+
+def _tell_stop(event: Record) -> str:
+    return f"Stopped: {_get(event, 'reason')}"
+
+
+def _tell_end(event: Record) -> str:
+    accuracy, seconds = number(event.get("accuracy")), number(event.get("seconds"))
+    return f"Finished; test accuracy {percent(accuracy)}; attempt took {duration(seconds)}"
+
+
+def _tell_other(event: Record) -> str:
+    """An event of a kind that is not known here: its fields as they are."""
+    shown = ("kind", "time", "update", "samples_seen")
+    rest = "; ".join(f"{k}: {v}" for k, v in event.items() if k not in shown)
+    kind = event.get("kind", "an event without a kind")
+    return clean(f"{kind}: {rest}" if rest else kind)
+
+
+_TELL: dict[str, Callable[[Record], str]] = {
+    "start": _tell_start,
+    "resume": _tell_resume,
+    "stage": _tell_stage,
+    "checkpoint_rejected": _tell_rejected,
+    "skipped_update": _tell_skipped,
+    "stop": _tell_stop,
+    "end": _tell_end,
+}
+
+
+def flatten(value: Any, limit: int) -> list[tuple[str, str]]:
+    """The leaves of a nested mapping as (dotted name, text), the first ``limit`` of them."""
+    return list(islice(_leaves(value, "", 0), limit))
+
+
+def _leaves(value: Any, name: str, depth: int) -> Iterator[tuple[str, str]]:
+    nested = depth < 12  # deeper is a YAML alias that holds itself
+    if isinstance(value, Mapping) and value and nested:
+        for key, entry in value.items():
+            yield from _leaves(
+                entry, f"{name}.{clean(key, 60)}" if name else clean(key, 60), depth + 1
+            )
+    elif isinstance(value, list | tuple) and value and nested:
+        if all(isinstance(entry, str | int | float | None) for entry in value):
+            yield name, clean(", ".join(clean(entry, 100) for entry in islice(value, 100)))
+        else:
+            for place, entry in enumerate(value):
+                yield from _leaves(entry, f"{name}[{place}]", depth + 1)
+    elif isinstance(value, Mapping | list | tuple):
+        yield name, "…" if value else "empty"
+    else:
+        yield name, "not recorded" if value is None else clean(value)
+
+
+def metrics_step(run: Run) -> int:
+    """Of how many lines of metrics.jsonl metrics.csv holds one."""
+    return -(-len(run.records.metrics) // METRICS_ROWS) or 1
+
+
+def metrics_csv(runs: Iterable[Run]) -> bytes:
+    """The lines of metrics.jsonl, the ``seconds`` of each phase in a column of its own."""
+    header = ("run", *METRICS_COLUMNS, *(f"seconds_{phase}" for phase in PHASES))
+    return to_csv(header, (row for run in runs for row in _metrics_rows(run)))
+
+
+def _metrics_rows(run: Run) -> Iterator[list[Any]]:
+    for record in run.records.metrics[:: metrics_step(run)]:
+        seconds = record.get("seconds")
+        phases = seconds if isinstance(seconds, dict) else {}
+        yield [
+            run.number,
+            *(number(record.get(name)) for name in METRICS_COLUMNS),
+            *(number(phases.get(name)) for name in PHASES),
+        ]
+
+
+def evaluations_csv(runs: Iterable[Run]) -> bytes:
+    header = ("run", *(field.name for field in fields(Evaluation)))
+    return to_csv(header, ((run.number, *astuple(e)) for run in runs for e in run.evaluations))
+
+
+def stages_csv(stages: Iterable[tuple[Run, list[Stage]]]) -> bytes:
+    header = ("run", *(field.name for field in fields(Stage)))
+    return to_csv(header, ((run.number, *astuple(row)) for run, rows in stages for row in rows))
+
+
+def to_csv(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:
+    """CSV with exact floats; an empty cell is a missing value."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([_cell(value) if type(value) is str else value for value in r] for r in rows)
+    return text.getvalue().encode()
+
+
+def _cell(text: str) -> str:
+    """Text that a spreadsheet would run as a formula gets an apostrophe in front."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

@@ -1,0 +1,339 @@
+"""The training loop, and only the loop: every piece of it lives in a module of its own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from harness.comm.base import Communicator
+from harness.config import Config
+from harness.data.datasets import ImageData
+from harness.data.sampler import GlobalBatchSampler, MicroBatch
+from harness.errors import HarnessError, StoppedEarly
+from harness.evaluate import Evaluation, average_buffers, evaluate
+from harness.journal import Journal
+from harness.keyed import fold_key
+from harness.profiler import PhaseClock
+from harness.progress import Display, Pace, Status
+from harness.reducer import GradientReducer, Reduced
+from harness.schedule.clock import Clock, step, update_size
+from harness.schedule.growth import BatchDecision, StageScheduler, growth_policy
+from harness.schedule.plan import Decomposition, decompose, ranks_for, run_end
+from harness.schedule.rates import Rates, rate_schedule
+from harness.stop import StopRequest
+from harness.units import Duration
+from harness.window import Window
+
+_MAX_SKIPPED = 10
+
+
+class Trainer:
+    """Runs one configuration from where the clock stands to its end; the same on every rank.
+
+    Everything that the trajectory depends on is in ``state_dict``, or follows from the configuration
+    and from integers that all ranks share.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: ImageData,
+        model: nn.Module,
+        comm: Communicator,
+        journal: Journal,
+        display: Display,
+        stop: StopRequest,
+        grow: bool = False,
+    ) -> None:
+        """``grow``: stop with a checkpoint where the plan wants more ranks than there are."""
+        self._config, self._data, self._model, self._comm = config, data, model, comm
+        self._journal, self._display, self._stop, self._grow = journal, display, stop, grow
+        size = len(data.train)
+        self.clock = Clock(0, 0, size)
+        self._end = run_end(config, size)
+        self._scheduler = StageScheduler(
+            growth_policy(config.batch.initial, config.batch.growth), config.batch.max
+        )
+        self._rates = rate_schedule(config)
+        self._sampler = GlobalBatchSampler(size, config.seed, config.batch.micro_batch)
+        self._augment = data.augmentation if config.data.augment else None
+        self._reducer = GradientReducer(
+            model, comm, config.comm.compression, int(config.comm.bucket_mb * 2**20)
+        )
+        self._optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=config.lr.base,
+            momentum=config.optimizer.momentum,
+            weight_decay=config.optimizer.weight_decay,
+            nesterov=config.optimizer.nesterov,
+            foreach=True,
+        )
+        self._phases = PhaseClock()
+        self._window = Window()
+        self._pace = Pace()
+        self._stage = -1
+        self._skipped_in_a_row = 0
+        self._train_seconds = 0.0
+        self._evaluation: Evaluation | None = None
+        self._evaluated_at = self._saved_at = -1
+
+    def run(self) -> Evaluation:
+        """Train to the end and return the last evaluation.
+
+        Raises StoppedEarly after a checkpoint on request, HarnessError if the run diverges.
+        """
+        self._model.train()
+        while not self._end.reached(self.clock):
+            decision = self._scheduler.decide(self.clock)
+            pieces = decompose(decision.batch, self._config.batch.micro_batch, self._comm.size)
+            if decision.stage != self._stage:
+                self._enter_stage(decision, pieces)
+            self._update(decision, pieces)
+        return self._finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on."""
+        return {
+            "model": self._model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "reducer": self._reducer.state_dict(),
+            "growth": self._scheduler.state_dict(),
+            "samples_seen": self.clock.samples,
+            "update": self.clock.updates,
+            "dataset_size": self.clock.dataset_size,
+            "stage": self._stage,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "train_seconds": self._train_seconds,
+            "evaluated_at": self._evaluated_at,
+            "evaluation": None if self._evaluation is None else asdict(self._evaluation),
+            "window": self._window.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state, on any number of ranks; bitwise on the same number."""
+        if state["dataset_size"] != self.clock.dataset_size:
+            raise HarnessError(
+                f"the run was made on {state['dataset_size']} training samples, but data.dataset "
+                f"now holds {self.clock.dataset_size}; give it the same data"
+            )
+        self._model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._reducer.load_state_dict(state["reducer"])
+        self._scheduler.load_state_dict(state["growth"])
+        self.clock = Clock(state["samples_seen"], state["update"], self.clock.dataset_size)
+        self._stage = state["stage"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self._train_seconds = state["train_seconds"]
+        self._evaluated_at, self._saved_at = state["evaluated_at"], state["update"]
+        if state["evaluation"] is not None:
+            self._evaluation = Evaluation(**state["evaluation"])
+        self._window = Window.from_state(state["window"])
+
+    def _enter_stage(self, decision: BatchDecision, pieces: Decomposition) -> None:
+        self._flush_window()  # a line holds updates of one stage only
+        wanted = ranks_for(decision.batch, self._config.batch, self._config.ranks)
+        if self._grow and wanted > self._comm.size and self.clock.updates:
+            self._stop_with_checkpoint(f"stage {decision.stage} wants {wanted} ranks", wanted)
+        self._stage = decision.stage
+        self._journal.event(
+            "stage",
+            self.clock.updates,
+            stage=decision.stage,
+            samples_seen=self.clock.samples,
+            epoch=self.clock.epoch,
+            global_batch=decision.batch,
+            ranks=pieces.ranks,
+            accumulation=pieces.accumulation,
+            micro_batch=pieces.micro_batch,
+            reason=decision.reason,
+        )
+
+    def _update(self, decision: BatchDecision, pieces: Decomposition) -> None:
+        epoch_end = self._config.batch.epoch_end
+        size = update_size(self.clock, decision.batch, epoch_end, self._end)
+        rates = self._rates.at(self.clock, decision)
+        self._phases.restart()
+        loss_sum = self._accumulate(size)
+        asked_to_stop = float(self._stop.asked())
+        self._phases.mark("other")
+        reduced = self._reducer.finish([loss_sum, asked_to_stop])
+        self._phases.mark("comm_exposed")
+        before, self.clock = self.clock, step(self.clock, size)
+        self._apply(rates, reduced)
+        self._phases.mark("optimizer")
+        self._account(size, decision, pieces, rates, reduced)
+        news = self._milestones(before)
+        self._show(decision, pieces, reduced.extras[0] / size, news)
+        if reduced.extras[1] > 0 and not self._end.reached(self.clock):
+            self._stop_with_checkpoint("asked to stop")
+
+    def _accumulate(self, size: int) -> float:
+        """Forward and backward over this rank's micro-batches; returns their summed loss."""
+        ranks, rank = self._comm.size, self._comm.rank
+        self._reducer.start(self._sampler.count(size, ranks, rank))
+        total = torch.zeros((), dtype=torch.float64)
+        for micro in self._sampler.micro_batches(self.clock.samples, size, ranks, rank):
+            loss = self._forward(micro)
+            self._phases.mark("forward")
+            # Summed loss over the samples of the whole update: ranks and micro-batches of unequal
+            # size then add up to the exact mean.
+            self._reducer.backward(loss / size)
+            total += loss.detach()
+            self._phases.mark("backward")
+        return float(total)
+
+    def _forward(self, micro: MicroBatch) -> torch.Tensor:
+        seed = self._config.seed
+        images, labels = self._data.train.batch(micro.samples, micro.epochs, seed, self._augment)
+        # Dropout and the like draw from a stream that belongs to the micro-batch, so they depend
+        # neither on the ranks nor on what this process ran before.
+        torch.manual_seed(fold_key(seed, micro.start) >> 1)
+        self._phases.mark("data")
+        return functional.cross_entropy(self._model(images), labels, reduction="sum")
+
+    def _apply(self, rates: Rates, reduced: Reduced) -> None:
+        if not reduced.finite:
+            self._skip()
+            return
+        self._skipped_in_a_row = 0
+        for group in self._optimizer.param_groups:
+            group["lr"], group["momentum"] = rates.lr, rates.momentum
+        self._optimizer.step()
+
+    def _skip(self) -> None:
+        self._skipped_in_a_row += 1
+        self._journal.event(
+            "skipped_update",
+            self.clock.updates,
+            samples_seen=self.clock.samples,
+            reason="a gradient is inf or NaN",
+        )
+        if self._skipped_in_a_row >= _MAX_SKIPPED:
+            raise HarnessError(
+                f"the gradient was inf or NaN in {_MAX_SKIPPED} updates in a row, up to update "
+                f"{self.clock.updates}: the run has diverged; lower lr.base or warm up for longer"
+            )
+
+    def _account(
+        self,
+        size: int,
+        decision: BatchDecision,
+        pieces: Decomposition,
+        rates: Rates,
+        reduced: Reduced,
+    ) -> None:
+        seconds = self._phases.take()
+        spent = sum(seconds.values())
+        self._train_seconds += spent
+        self._pace.add(size, spent)
+        latest = {
+            "update": self.clock.updates,
+            "samples_seen": self.clock.samples,
+            "epoch": self.clock.epoch,
+            "stage": decision.stage,
+            "ranks": pieces.ranks,
+            "accumulation": pieces.accumulation,
+            "micro_batch": pieces.micro_batch,
+            "global_batch": decision.batch,
+            "lr": rates.lr,
+            "momentum": rates.momentum,
+            "grad_norm": reduced.grad_norm,
+            "noise_scale": None,  # not measured yet
+            "distance_from_init": None,  # not measured yet
+        }
+        self._window.add(size, reduced.extras[0], reduced.bytes_sent, seconds, latest)
+        if self._window.updates >= self._config.train.log_every:
+            self._flush_window()
+
+    def _flush_window(self) -> None:
+        if self._window.updates:
+            self._journal.metrics(self._window.line())
+            self._window = Window()
+
+    def _milestones(self, before: Clock) -> bool:
+        """Evaluate and save where the clock has passed their times; returns whether it evaluated."""
+        train = self._config.train
+        evaluates = self._passed(train.eval_every, before)
+        if evaluates:
+            self._evaluate()
+        if self._passed(train.checkpoint_every, before):
+            self._save()
+        return evaluates
+
+    def _passed(self, period: Duration | None, before: Clock) -> bool:
+        return period is not None and self.clock.passed(period) > before.passed(period)
+
+    def _evaluate(self) -> Evaluation:
+        if self._evaluation is not None and self._evaluated_at == self.clock.updates:
+            return self._evaluation
+        average_buffers(self._model, self._comm)
+        self._evaluation = evaluate(self._model, self._data.test, self._comm)
+        self._evaluated_at = self.clock.updates
+        self._journal.event(
+            "evaluation",
+            self.clock.updates,
+            samples_seen=self.clock.samples,
+            epoch=self.clock.epoch,
+            loss=self._evaluation.loss,
+            accuracy=self._evaluation.accuracy,
+        )
+        return self._evaluation
+
+    def _save(self) -> None:
+        if self._saved_at == self.clock.updates:
+            return
+        average_buffers(self._model, self._comm)
+        self._journal.save(self.clock.updates, self.clock.samples, self.state_dict())
+        self._saved_at = self.clock.updates
+
+    def _stop_with_checkpoint(self, reason: str, ranks_wanted: int | None = None) -> None:
+        self._save()
+        self._journal.event(
+            "stop",
+            self.clock.updates,
+            samples_seen=self.clock.samples,
+            reason=reason,
+            ranks_wanted=ranks_wanted,
+        )
+        raise StoppedEarly(f"stopped after update {self.clock.updates}: {reason}")
+
+    def _finish(self) -> Evaluation:
+        self._flush_window()
+        result = self._evaluate()
+        self._save()
+        self._journal.event(
+            "end",
+            self.clock.updates,
+            samples_seen=self.clock.samples,
+            seconds=self._train_seconds,
+            loss=result.loss,
+            accuracy=result.accuracy,
+        )
+        return result
+
+    def _show(
+        self, decision: BatchDecision, pieces: Decomposition, loss: float, news: bool
+    ) -> None:
+        total = self._config.train.duration
+        fraction = min(1.0, self.clock.fraction(total))
+        self._display.show(
+            Status(
+                fraction=fraction,
+                epoch=self.clock.epoch,
+                epochs=self.clock.epoch / fraction,
+                stage=decision.stage,
+                global_batch=decision.batch,
+                ranks=pieces.ranks,
+                accumulation=pieces.accumulation,
+                micro_batch=pieces.micro_batch,
+                loss=loss,
+                images_per_sec=self._pace.images_per_sec,
+                eta_seconds=self._train_seconds * (1 - fraction) / fraction,
+                accuracy=self._evaluation.accuracy if news and self._evaluation else None,
+                news=news,
+            )
+        )

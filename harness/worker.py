@@ -1,0 +1,301 @@
+"""What each rank executes: join the world, take the run directory, load, resume, train."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import yaml
+
+from harness import checkpoint, environment
+from harness.comm import Communicator, allreduce, broadcast_bytes, open_communicator
+from harness.config import Config, dump_config, load_config
+from harness.data.datasets import load
+from harness.errors import HarnessError, RunDirectoryError, StoppedEarly
+from harness.evaluate import Evaluation
+from harness.journal import Journal
+from harness.models import build_model
+from harness.progress import Display, Relay, Silent, local_display
+from harness.provenance import collect
+from harness.records import (
+    Position,
+    RunDirectory,
+    RunLock,
+    read_jsonl,
+    rewind,
+    write_atomic,
+    write_json,
+)
+from harness.schedule.plan import build_plan
+from harness.stop import StopRequest
+from harness.trainer import Trainer
+
+T = TypeVar("T")
+
+# Keys that do not change what is computed, only how and where; a resumed run may change them.
+_FREE_ON_RESUME = frozenset(
+    {
+        "data.root",
+        "data.workers",
+        "ranks.start",
+        "ranks.max",
+        "ranks.prefer",
+        "ranks.threads",
+        "comm.backend",
+        "comm.controller",
+        "comm.bucket_mb",
+        "train.keep_checkpoints",
+    }
+)
+
+
+class _AllLeave(Exception):  # noqa: N818 - not an error of this rank: a decision of all
+    """Some rank failed in a step that all take together; all ranks raise this."""
+
+    def __init__(self, mine: Exception | None, exit_code: int) -> None:
+        super().__init__()
+        self.mine = mine
+        """What this rank has to say, on the one rank that speaks."""
+        self.exit_code = exit_code
+
+
+@dataclass
+class _Resumed:
+    """Where a run goes on from; a fresh run's is empty."""
+
+    content: bytes = b""
+    name: str = ""
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    state: checkpoint.State | None = None
+
+    @property
+    def position(self) -> Position:
+        return Position(**self.state["records"]) if self.state else Position()
+
+
+def train(config_path: Path, overrides: Sequence[str], run_dir: Path, resume: bool) -> int:
+    """Train as one rank of a run; returns the exit code. Errors end as one message."""
+    comm: Communicator | None = None
+    try:
+        config = load_config(config_path, overrides)
+        _set_threads(config)
+        comm = open_communicator(config.comm.backend)
+        _run(config, RunDirectory(run_dir), resume, comm)
+    except _AllLeave as leave:
+        if leave.mine is not None:
+            _last_words(leave.mine, comm)
+        code = _leave(leave.exit_code, comm)
+    except StoppedEarly as stopped:
+        if (comm is None or comm.rank == 0) and not environment.relays_progress():
+            print(f"harness: {stopped}", file=sys.stderr)
+        code = _leave(stopped.exit_code, comm)
+    except Exception as error:  # noqa: BLE001 - whatever it is, its last words must be kept
+        code = _last_words(error, comm)
+    else:
+        if comm is not None:
+            comm.close()
+        return 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if comm is not None and comm.size > 1:
+        # The other ranks may wait in a collective: an orderly shutdown would wait for them.
+        os._exit(code)
+    return code
+
+
+def _run(config: Config, run: RunDirectory, resume: bool, comm: Communicator) -> Evaluation:
+    stop = StopRequest(run.stop_request)
+    stop.listen()
+    lock = RunLock(run)
+    _together(comm, lambda: _take_directory(config, run, lock, resume) if comm.rank == 0 else None)
+    data = _together(
+        comm, lambda: load(config.data.dataset, Path(config.data.root) if config.data.root else None)
+    )
+    model = _together(
+        comm, lambda: build_model(config.model.name, data.num_classes, data.shape, config.seed)
+    )
+    resumed = _resume(run, comm) if resume else _Resumed()
+    if comm.rank == 0:
+        rewind(run, resumed.position)
+        stop.clear()
+    journal = Journal(run, comm.rank == 0, config.train.keep_checkpoints, resumed.position)
+    display = _display(comm)
+    trainer = Trainer(
+        config, data, model, comm, journal, display, stop, environment.supervised_growth()
+    )
+    if resumed.state is not None:
+        state = resumed.state
+        _together(comm, lambda: trainer.load_state_dict(state))
+    if comm.rank == 0:
+        _introduce(config, run, comm, trainer, journal, resumed)
+    try:
+        return trainer.run()
+    finally:
+        display.close()
+        journal.close()
+
+
+def _take_directory(config: Config, run: RunDirectory, lock: RunLock, resume: bool) -> None:
+    """Rank 0: check, create and lock the run directory, and write down the configuration."""
+    run.check_usable(resume)
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(patience=5.0 if resume else 0.0)
+    except OSError as error:
+        raise RunDirectoryError(f"{run.path}: cannot be used: {error.strerror or error}") from None
+    if resume:
+        _check_same_run(config, run)
+    else:
+        write_atomic(run.config, dump_config(config).encode())
+    checkpoint.remove_partial(run.path)
+    checkpoint.remove_partial(run.checkpoints)
+
+
+def _check_same_run(config: Config, run: RunDirectory) -> None:
+    """Refuse to resume with a configuration that would change the trajectory."""
+    before = _flat(yaml.safe_load(run.config.read_text(encoding="utf-8")))
+    after = _flat(yaml.safe_load(dump_config(config)))
+    changed = [
+        f"{key}: {before.get(key)} → {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key not in _FREE_ON_RESUME
+    ]
+    if changed:
+        raise RunDirectoryError(
+            f"{run.path} holds a run of another configuration ({'; '.join(changed)}); resume it with "
+            f"{run.config}, or choose another --run-dir"
+        )
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        key: leaf
+        for name, entry in value.items()
+        for key, leaf in _flat(entry, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def _resume(run: RunDirectory, comm: Communicator) -> _Resumed:
+    """The newest valid checkpoint, read by rank 0 and given to all, so that all have the same."""
+    resumed = _together(comm, lambda: _find(run) if comm.rank == 0 else _Resumed())
+    resumed.content = broadcast_bytes(comm, resumed.content if comm.rank == 0 else None, "resume")
+    if resumed.content:
+        resumed.state = _together(
+            comm, lambda: checkpoint.load_state(resumed.content, resumed.name or "checkpoint")
+        )
+    return resumed
+
+
+def _find(run: RunDirectory) -> _Resumed:
+    resumed = _Resumed()
+    found = checkpoint.newest_valid(
+        run.checkpoints, lambda path, why: resumed.rejected.append((path.name, why))
+    )
+    if found is not None:
+        resumed.content, resumed.name = found.content, found.path.name
+    return resumed
+
+
+def _introduce(
+    config: Config,
+    run: RunDirectory,
+    comm: Communicator,
+    trainer: Trainer,
+    journal: Journal,
+    resumed: _Resumed,
+) -> None:
+    """Rank 0: write down who runs, on what, and from where."""
+    attempts = sum(1 for r in read_jsonl(run.events) if r and r.get("kind") in ("start", "resume"))
+    provenance = collect(comm)
+    if run.provenance.exists():
+        first = json.loads(run.provenance.read_text(encoding="utf-8"))
+        provenance = {**first, "attempts": [*first.get("attempts", []), provenance]}
+    write_json(run.provenance, provenance)
+    if not run.plan.exists():
+        plan = build_plan(config, trainer.clock.dataset_size)
+        write_json(run.plan, plan.as_dict())
+    journal.event(
+        "resume" if attempts else "start",
+        trainer.clock.updates,
+        attempt=attempts + 1,
+        ranks=comm.size,
+        communication=comm.kind,
+        samples_seen=trainer.clock.samples,
+        checkpoint=resumed.name or None,
+    )
+    for name, why in resumed.rejected:
+        journal.event("checkpoint_rejected", trainer.clock.updates, file=name, reason=why)
+
+
+def _together(comm: Communicator, action: Callable[[], T]) -> T:
+    """Run an action on every rank; if any rank fails, all leave, and the lowest of them says why."""
+    error: Exception | None = None
+    result: T | None = None
+    try:
+        result = action()
+    except Exception as problem:  # noqa: BLE001 - the other ranks must hear of any failure
+        error = problem
+    codes = torch.zeros(comm.size, dtype=torch.float64)
+    if error is not None:
+        codes[comm.rank] = _exit_code(error)
+    allreduce(comm, codes, "together")
+    failed = codes.nonzero().flatten().tolist()
+    if not failed:
+        return result  # type: ignore[return-value]
+    raise _AllLeave(error if failed[0] == comm.rank else None, int(codes[failed[0]]))
+
+
+def _set_threads(config: Config) -> None:
+    """One rank, its share of the host's cores: MPI and Horovod would leave each rank all of them."""
+    share = max(1, environment.usable_cores() // environment.launched_local_size())
+    torch.set_num_threads(config.ranks.threads or share)
+
+
+def _display(comm: Communicator) -> Display:
+    if comm.rank != 0:
+        return Silent()
+    return Relay() if environment.relays_progress() else local_display()
+
+
+def _exit_code(error: Exception) -> int:
+    return error.exit_code if isinstance(error, HarnessError) else 1
+
+
+def _leave(code: int, comm: Communicator | None) -> int:
+    """Wait until every rank is about to leave: a launcher ends the others when the first one does,
+    and rank 0 may still be writing."""
+    if comm is not None:
+        allreduce(comm, torch.zeros(1), "leave")
+    return code
+
+
+def _last_words(error: Exception, comm: Communicator | None) -> int:
+    """Say what went wrong, to the launching process if there is one, else here; the exit code."""
+    rank = comm.rank if comm is not None else environment.launched_rank()
+    known = isinstance(error, HarnessError)
+    code = _exit_code(error)
+    message = str(error) if known else f"{type(error).__name__}: {error}"
+    where = environment.failure_dir()
+    if where is None:
+        print(f"harness: {message}", file=sys.stderr)
+        if not known:
+            traceback.print_exception(error, file=sys.stderr)
+        return code
+    words = {
+        "rank": rank,
+        "host": environment.host(),
+        "exit_code": code,
+        "message": message,
+        "traceback": None if known else "".join(traceback.format_exception(error)),
+    }
+    write_json(where / f"rank-{rank:05d}.json", words)
+    return code

@@ -1,0 +1,249 @@
+"""Runs a configuration on the ranks it asks for, launch by launch, and reports how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from harness import environment
+from harness.config import Config, check_shares, load_config
+from harness.errors import ConfigError, LaunchError, RankFailure, RunDirectoryError, StoppedEarly
+from harness.progress import local_display
+from harness.records import RunDirectory, check_unlocked, read_jsonl
+from launch import horovodrun, mpirun
+from launch.execute import Ended, execute
+from launch.hosts import check_slots, parse_hosts, this_host
+from launch.spec import Death, Host, LaunchSpec
+
+ARGUMENTS: dict[str, Callable[[LaunchSpec], list[str]]] = {
+    "horovodrun": horovodrun.arguments,
+    "mpirun": mpirun.arguments,
+}
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What ``harness run`` was asked for."""
+
+    config_path: Path
+    overrides: tuple[str, ...] = ()
+    ranks: int | None = None
+    hosts: str | None = None
+    launcher: Literal["horovodrun", "mpirun"] = "horovodrun"
+    run_dir: Path | None = None
+    resume: bool = False
+    dry_run: bool = False
+
+
+def run(request: RunRequest) -> int:
+    """Start the ranks, show their progress, write the report; returns the exit code.
+
+    Everything that can be refused is refused before anything is created. Raises the errors of
+    ``harness.errors``; StoppedEarly if the run stopped on request.
+    """
+    config = load_config(request.config_path, request.overrides)
+    hosts = parse_hosts(request.hosts) if request.hosts else this_host()
+    ranks = _first_ranks(request, config, hosts)
+    directory = RunDirectory(_run_directory(request, config))
+    directory.check_usable(request.resume)
+    check_unlocked(directory)
+    spec = _spec(request, config, hosts, ranks, directory)
+    argv = ARGUMENTS[request.launcher](spec)
+    if request.dry_run:
+        settings = [f"{name}={value}" for name, value in sorted(spec.environment.items())]
+        print(shlex.join(["env", *settings, *argv]))
+        return 0
+    _create(directory)
+    print(f"harness: {ranks} ranks on {','.join(map(str, hosts))}; run directory {directory.path}")
+    while _launch(spec, argv, directory) == "grow":
+        wanted = _ranks_wanted(directory)
+        print(f"harness: going on with {wanted} ranks")
+        spec = _spec(replace(request, resume=True), config, hosts, wanted, directory)
+        argv = ARGUMENTS[request.launcher](spec)
+    return _report(directory)
+
+
+def _first_ranks(request: RunRequest, config: Config, hosts: tuple[Host, ...]) -> int:
+    ranks = config.ranks.start if request.ranks is None else request.ranks
+    if ranks < 1:
+        raise LaunchError(f"--ranks {ranks}: at least 1 rank is needed")
+    try:
+        check_shares(config, ranks)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if config.comm.backend == "solo" and ranks > 1:
+        raise ConfigError(
+            f"comm.backend = solo is one process, but {ranks} ranks are asked for; "
+            "use comm.backend=horovod"
+        )
+    check_slots(ranks if request.ranks else max(ranks, config.ranks.ceiling), hosts)
+    if config.comm.controller == "gloo" and config.comm.compression == "fp16":
+        print(
+            "harness: warning: fp16 over Horovod's Gloo is slower than no compression (its half "
+            "arithmetic is done in software); use comm.controller=mpi or comm.compression=none",
+            file=sys.stderr,
+        )
+    if config.comm.controller == "gloo" and request.launcher == "mpirun":
+        raise ConfigError("comm.controller = gloo needs --launcher horovodrun")
+    return ranks
+
+
+def _run_directory(request: RunRequest, config: Config) -> Path:
+    if request.run_dir is not None:
+        return request.run_dir
+    if request.resume:
+        raise RunDirectoryError("--resume needs --run-dir: the run to go on with")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", config.name).strip("-.") or "run"
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{name}-{stamp}"
+
+
+def _create(directory: RunDirectory) -> None:
+    try:
+        directory.failures.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{directory.path} cannot be created: {error.strerror}; choose another --run-dir"
+        ) from None
+
+
+def _spec(
+    request: RunRequest,
+    config: Config,
+    hosts: tuple[Host, ...],
+    ranks: int,
+    directory: RunDirectory,
+) -> LaunchSpec:
+    command = [sys.executable, "-m", "harness", "train", str(request.config_path.resolve())]
+    command += [*request.overrides, "--run-dir", str(directory.path.resolve())]
+    if request.resume:
+        command.append("--resume")
+    return LaunchSpec(
+        ranks=ranks,
+        hosts=hosts,
+        command=tuple(command),
+        environment=_variables(config, hosts, ranks, directory, grow=request.ranks is None),
+        controller=config.comm.controller,
+    )
+
+
+def _variables(
+    config: Config, hosts: tuple[Host, ...], ranks: int, directory: RunDirectory, grow: bool
+) -> dict[str, str]:
+    """Settings of the ranks. What the user has set in the environment already stays."""
+    here = min(ranks, hosts[0].slots)
+    cores = environment.usable_cores()
+    threads = config.ranks.threads or max(1, cores // here)
+    wishes = {
+        "OMP_NUM_THREADS": str(threads),
+        # Gradients come in buckets of our own. Horovod's fusion groups by time of arrival, which
+        # with three ranks or more changes the order of summation from run to run.
+        "HOROVOD_FUSION_THRESHOLD": "0",
+        # Horovod looks for work once per cycle; its default of 1 ms is longer than many an update
+        # of a small network.
+        "HOROVOD_CYCLE_TIME": "0.1",
+    }
+    if here * threads >= cores:
+        wishes["OMPI_MCA_mpi_yield_when_idle"] = "1"  # else ranks that wait spin on shared cores
+    settings = {name: os.environ.get(name, value) for name, value in wishes.items()}
+    settings |= {
+        environment.WORLD_SIZE: str(ranks),
+        environment.FAILURE_DIR: str(directory.failures.resolve()),
+        environment.PROGRESS: "relay",
+        environment.GROW: "1" if grow else "0",
+    }
+    return settings
+
+
+def _launch(
+    spec: LaunchSpec, argv: list[str], directory: RunDirectory
+) -> Literal["done", "grow"]:
+    """One launch to its end; raises StoppedEarly, RankFailure, or what a rank's last words say."""
+    for old in directory.failures.glob("rank-*.json"):
+        old.unlink(missing_ok=True)
+    display = local_display()
+    directory.stop_request.unlink(missing_ok=True)
+    try:
+        with directory.launch_log.open("a", encoding="utf-8") as log:
+            log.write(f"$ {shlex.join(argv)}\n")
+            ended = execute(argv, spec, display, log, directory.stop_request.touch)
+    finally:
+        display.close()
+    if ended.exit_code == 0:
+        return "done"
+    _raise_words(directory)
+    if StoppedEarly.exit_code in (ended.exit_code, ended.death and ended.death.exit_code):
+        if _ranks_wanted(directory) > spec.ranks:
+            return "grow"
+        raise StoppedEarly(
+            f"stopped on request with a checkpoint; go on with --resume --run-dir {directory.path}"
+        )
+    raise RankFailure(_obituary(ended, directory))
+
+
+def _raise_words(directory: RunDirectory) -> None:
+    """Raise what the lowest rank that failed by itself has left behind."""
+    notes = []
+    for path in sorted(directory.failures.glob("rank-*.json")):
+        try:
+            notes.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            continue
+    causes = [note for note in notes if not note.get("consequence")]
+    if not causes:
+        return
+    note = causes[0]
+    error = RankFailure(f"rank {note['rank']} on {note['host']}: {note['message']}")
+    if note.get("traceback"):
+        error.add_note(note["traceback"])
+        trace = directory.failures / f"rank-{note['rank']:05d}.txt"
+        trace.write_text(note["traceback"], encoding="utf-8")
+        error = RankFailure(f"{error} (traceback in {trace})")
+    if note["exit_code"] == 2:
+        raise LaunchError(note["message"])
+    raise error
+
+
+def _obituary(ended: Ended, directory: RunDirectory) -> str:
+    """A message that names the rank that died, or all that is known."""
+    go_on = f"go on with --resume --run-dir {directory.path}"
+    if ended.death is None:
+        words = "\n".join(ended.own_words.strip().splitlines()[-15:])
+        return f"the launcher ended with exit code {ended.exit_code}; {go_on}\n{words}".rstrip()
+    return f"{_cause(ended.death)}, and the job was ended; {go_on}"
+
+
+def _cause(death: Death) -> str:
+    where = f" on {death.host}" if death.host else ""
+    if death.signal is not None:
+        try:
+            name = signal.Signals(death.signal).name
+        except ValueError:
+            name = "unknown"
+        return f"rank {death.rank}{where} was killed by signal {death.signal} ({name})"
+    return f"rank {death.rank}{where} ended with exit code {death.exit_code}"
+
+
+def _ranks_wanted(directory: RunDirectory) -> int:
+    """Ranks that the run asked for when it last stopped; 0 if it did not ask."""
+    wanted = 0
+    for event in read_jsonl(directory.events):
+        if event and event.get("kind") == "stop":
+            wanted = int(event.get("ranks_wanted") or 0)
+    return wanted
+
+
+def _report(directory: RunDirectory) -> int:
+    from harness.report import build_report
+
+    print(f"harness: done; report: {build_report([directory.path])}")
+    return 0

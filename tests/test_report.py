@@ -1,0 +1,840 @@
+"""The report: its numbers against independent ones, its page as a browser and a parser see it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import random
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from harness.errors import RunDirectoryError, UsageError
+from harness.records import encode
+from harness.report import build_report
+from harness.report.curves import Curve, extremes, means, steps
+from harness.report.fields import clean, duration, general, number, quantile, scrub
+
+SIZE = 1437
+FIGURES = ("accuracy", "loss", "global-batch", "updates", "learning-rate", "images-per-second")
+HOSTILE = (
+    "<script>alert(1)</script> \"quoted\" 'single' & $\\frac{x}{0}$ $ \n\r\t\x00\x1b[31m "
+    "\u202egnp.exe \ud800 --> ]]> {{ 7*7 }} {% raw %} 訓練 =cmd|'/c calc'!A1"
+)
+PHASES = ("data", "forward", "backward", "comm_exposed", "optimizer", "other")
+
+
+# ---------------------------------------------------------------- synthetic runs
+
+
+class Simulation:
+    """A run that never happened, with records as the trainer writes them."""
+
+    def __init__(
+        self,
+        seed: int = 0,
+        initial: int = 64,
+        factor: int = 2,
+        epochs: int = 30,
+        every: int = 2,
+        name: str = "adabatch-digits",
+        reason: str = "geometric: ×2 every 5ep",
+    ) -> None:
+        self.random = random.Random(seed)
+        self.initial, self.factor, self.epochs, self.every = initial, factor, epochs, every
+        self.name, self.reason = name, reason
+        self.update = self.samples = self.stage = 0
+        self.clock = datetime(2026, 3, 2, 9, 0, tzinfo=UTC)
+        self.metrics: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
+
+    def batch(self, stage: int) -> int:
+        return min(self.initial * self.factor**stage, 1024)
+
+    def tell(self, kind: str, **more: Any) -> None:
+        stamp = self.clock.isoformat(timespec="milliseconds")
+        self.events.append({"kind": kind, "update": self.update, "time": stamp, **more})
+
+    def begin_stage(self) -> None:
+        size = self.batch(self.stage)
+        ranks = 1 if self.stage < 2 else 2
+        self.tell(
+            "stage",
+            stage=self.stage,
+            samples_seen=self.samples,
+            epoch=self.samples / SIZE,
+            global_batch=size,
+            ranks=ranks,
+            accumulation=size // 32 // ranks,
+            micro_batch=32,
+            reason="initial batch" if self.stage == 0 else self.reason,
+        )
+
+    def evaluate(self) -> None:
+        done = self.samples / (SIZE * self.epochs)
+        accuracy = 0.985 - 0.885 * math.exp(-9 * done) + self.random.gauss(0, 0.002)
+        self.tell(
+            "evaluation",
+            samples_seen=self.samples,
+            epoch=self.samples / SIZE,
+            loss=0.06 + 2.2 * math.exp(-8 * done),
+            accuracy=round(accuracy * 360) / 360,
+        )
+
+    def window(self, warm_up: bool) -> None:
+        done = self.samples / (SIZE * self.epochs)
+        ranks = 1 if self.stage < 2 else 2
+        rate = 1500.0 * ranks * self.random.gauss(1, 0.03) * (0.4 if warm_up else 1)
+        self.metrics.append(
+            {
+                "update": self.update,
+                "samples_seen": self.samples,
+                "epoch": self.samples / SIZE,
+                "stage": self.stage,
+                "ranks": ranks,
+                "accumulation": self.batch(self.stage) // 32 // ranks,
+                "micro_batch": 32,
+                "global_batch": self.batch(self.stage),
+                "lr": 0.01 * 2**self.stage * (1 - done) ** 2,
+                "momentum": 0.9,
+                "loss": 0.02 + 2.3 * math.exp(-8 * done) * self.random.gauss(1, 0.08),
+                "images_per_sec": rate,
+                "seconds": {phase: self.random.random() for phase in PHASES},
+                "comm_bytes": 246_824 * self.every,
+                "grad_norm": self.random.random(),
+                "noise_scale": None,
+                "distance_from_init": 3 * done,
+            }
+        )
+        self.clock += timedelta(seconds=self.every * self.batch(self.stage) / rate)
+
+    def run(self, restart_at: int | None = 130, finish: bool = True) -> Simulation:
+        self.tell("start", attempt=1, ranks=1, samples_seen=0)
+        self.begin_stage()
+        self.evaluate()
+        warm_up, evaluated = True, 0
+        while self.samples < SIZE * self.epochs:
+            if self.samples // (5 * SIZE) > self.stage:
+                self.stage += 1
+                self.begin_stage()
+            self.update += self.every
+            self.samples += self.every * self.batch(self.stage)
+            self.window(warm_up)
+            warm_up = False
+            if self.samples // SIZE > evaluated:
+                evaluated = self.samples // SIZE
+                self.evaluate()
+                self.tell("checkpoint", samples_seen=self.samples, file=f"u{self.update:08}.pt")
+            if restart_at is not None and self.update >= restart_at:
+                restart_at, warm_up = None, True
+                self.interrupt()
+        if finish:
+            accuracy = self.events[-2]["accuracy"]
+            self.tell("end", samples_seen=self.samples, seconds=21.5, accuracy=accuracy)
+        return self
+
+    def interrupt(self) -> None:
+        self.clock += timedelta(seconds=12)
+        self.tell("checkpoint_rejected", file="update-00000310.pt", reason="digest does not match")
+        self.tell(
+            "resume",
+            attempt=2,
+            ranks=2,
+            samples_seen=self.samples,
+            checkpoint=f"update-{self.update:08}.pt",
+        )
+        self.tell("skipped_update", samples_seen=self.samples, reason="gradient overflow in fp16")
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "seed": 0,
+            "data": {"dataset": "digits", "root": None, "augment": True},
+            "model": {"name": "lenet5"},
+            "batch": {"initial": self.initial, "max": 1024, "micro": 32},
+            "ranks": {"start": 1, "max": 2, "prefer": "ranks"},
+            "lr": {"base": 0.01, "warmup": {"kind": "gradual", "duration": "2ep"}},
+            "comm": {"backend": "horovod", "compression": "fp16"},
+            "train": {"duration": f"{self.epochs}ep", "eval_every": "1ep"},
+        }
+
+    def plan(self) -> dict[str, Any]:
+        stages = [
+            {
+                "stage": i,
+                "start_epoch": 5 * i,
+                "end_epoch": min(5 * i + 5, self.epochs),
+                "updates": math.ceil(5 * SIZE / self.batch(i)),
+                "global_batch": self.batch(i),
+                "ranks": 1 if i < 2 else 2,
+                "accumulation": self.batch(i) // 32 // (1 if i < 2 else 2),
+                "micro_batch": 32,
+                "lr_start": 0.01 * 2**i,
+                "lr_end": 0.005 * 2**i,
+                "momentum": 0.9,
+                "segment": 0 if i < 2 else 1,
+            }
+            for i in range(math.ceil(self.epochs / 5))
+        ]
+        totals = {"samples": SIZE * self.epochs, "dataset_size": SIZE, "epochs": self.epochs}
+        return {"stages": stages, "segments": [], "totals": totals}
+
+    def write(self, path: Path) -> Path:
+        path.mkdir(parents=True)
+        (path / "config.yaml").write_text(yaml.safe_dump(self.config()), encoding="utf-8")
+        (path / "plan.json").write_text(json.dumps(self.plan()), encoding="utf-8")
+        provenance = {
+            "started": "2026-03-02T09:00:00+00:00",
+            "command": ["harness", "run", "configs/adabatch-digits.yaml"],
+            "launcher": "horovodrun",
+            "world_size": 2,
+            "host": {"name": "node-17", "cpu": "EPYC 9354", "cores": 32, "gpus": []},
+            "versions": {"python": "3.11.9", "torch": "2.5.1", "horovod": "0.28.1"},
+        }
+        (path / "provenance.json").write_text(json.dumps(provenance), encoding="utf-8")
+        (path / "metrics.jsonl").write_bytes(b"".join(map(encode, self.metrics)))
+        (path / "events.jsonl").write_bytes(b"".join(map(encode, self.events)))
+        return path
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return Simulation().run().write(tmp_path / "runs" / "adabatch-digits")
+
+
+# ---------------------------------------------------------------- readers
+
+
+class Page(HTMLParser):
+    """What a browser would load from a page, what it would show, and whether tags match."""
+
+    VOID = frozenset({"meta", "link", "img", "br", "hr", "input"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.svgs: list[dict[str, str | None]] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.handle_startendtag(tag, attrs, count=False)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(
+        self, tag: str, attrs: list[tuple[str, str | None]], count: bool = True
+    ) -> None:
+        if count:
+            self.tags.append(tag)
+        given = dict(attrs)
+        assert not any(name.startswith("on") for name in given), f"handler on <{tag}>"
+        self.references += [
+            given[name] or "" for name in ("src", "href", "xlink:href", "data") if name in given
+        ]
+        if given.get("id"):
+            self.ids.append(str(given["id"]))
+        if tag == "svg":
+            self.svgs.append(given)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"stray </{tag}>"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def read_page(index: Path) -> Page:
+    """Parse a page and hold it to what every page must be."""
+    html = index.read_text(encoding="utf-8")
+    page = Page(html)
+    assert {"script", "link", "iframe", "object", "embed", "img"}.isdisjoint(page.tags)
+    beside = {path.name for path in index.parent.iterdir()}
+    assert all(ref.startswith("#") or ref in beside for ref in page.references), page.references
+    assert not [name for name in page.ids if page.ids.count(name) > 1]
+    fragments = {ref[1:] for ref in page.references if ref.startswith("#")}
+    assert fragments <= set(page.ids)
+    style = html[html.index("<style>") : html.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    for svg in page.svgs:
+        assert svg["role"] == "img"
+        assert svg["aria-label"]
+    for path in index.parent.glob("*.svg"):
+        read_xml(path)
+    return page
+
+
+def read_xml(path: Path) -> ElementTree.Element:
+    return ElementTree.fromstring(path.read_bytes())  # noqa: S314 - written by this test's run
+
+
+def read_summary(index: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((index.parent / "summary.json").read_text())
+    return summary
+
+
+def numbers_of(index: Path, run: int = 0) -> dict[str, float | None]:
+    return {n["name"]: n["value"] for n in read_summary(index)["runs"][run]["numbers"]}
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_every_number_equals_an_independent_computation(tmp_path: Path) -> None:
+    run = Simulation().run()
+    index = build_report([run.write(tmp_path / "run")])
+    evaluations = [e for e in run.events if e["kind"] == "evaluation"]
+    best = max(evaluations, key=lambda e: e["accuracy"])
+    resumed_at = next(e["update"] for e in run.events if e["kind"] == "resume")
+    warm = {run.metrics[0]["update"], resumed_at + run.every}
+    timed = [m for m in run.metrics if m["update"] not in warm]
+    sizes = [run.every * m["global_batch"] for m in timed]
+    rates = np.array([m["images_per_sec"] for m in timed])
+    moments = [datetime.fromisoformat(e["time"]) for e in run.events]
+    expected = {
+        "samples_seen": run.samples,
+        "samples_planned": SIZE * 30,
+        "dataset_size": SIZE,
+        "epochs": run.samples / SIZE,
+        "updates": run.update,
+        "initial_batch": 64,
+        "largest_batch": 1024,
+        "updates_at_initial_batch": math.ceil(run.samples / 64),
+        "updates_share_of_initial_batch": run.update / math.ceil(run.samples / 64),
+        "final_training_loss": run.metrics[-1]["loss"],
+        "evaluations": len(evaluations),
+        "final_test_accuracy": evaluations[-1]["accuracy"],
+        "final_test_loss": evaluations[-1]["loss"],
+        "final_test_samples_seen": evaluations[-1]["samples_seen"],
+        "best_test_accuracy": best["accuracy"],
+        "best_test_loss": best["loss"],
+        "best_test_samples_seen": best["samples_seen"],
+        "images_per_sec_median": float(np.median(rates)),
+        "images_per_sec_p10": float(np.percentile(rates, 10)),
+        "images_per_sec_p90": float(np.percentile(rates, 90)),
+        "images_per_sec_overall": sum(sizes) / sum(np.array(sizes) / rates),
+        "windows_counted": len(timed),
+        "windows_left_out": 2,
+        "ranks_first": 1,
+        "ranks_last": 2,
+        "ranks_largest": 2,
+        "wall_seconds": (moments[-1] - moments[0]).total_seconds(),
+        "seconds_of_last_attempt": 21.5,
+        "attempts": 2,
+        "restarts": 1,
+        "continuations": 0,
+        "stages_begun": 6,
+        "updates_skipped": 1,
+        "checkpoints_written": sum(e["kind"] == "checkpoint" for e in run.events),
+        "checkpoints_rejected": 1,
+    }
+    found = numbers_of(index)
+    assert found.keys() == expected.keys()
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert all(n["unit"] and n["source"] for n in read_summary(index)["runs"][0]["numbers"])
+
+
+def test_the_stage_table_says_what_was_measured(tmp_path: Path) -> None:
+    run = Simulation().run()
+    index = build_report([run.write(tmp_path / "run")])
+    stages = read_summary(index)["runs"][0]["stages"]
+    assert [s["stage"] for s in stages] == list(range(6))
+    for stage in stages:
+        windows = [m for m in run.metrics if m["stage"] == stage["stage"]]
+        assert stage["global_batch"] == run.batch(stage["stage"])
+        assert stage["ranks"] * stage["accumulation"] * stage["micro_batch"] == run.batch(
+            stage["stage"]
+        )
+        assert stage["updates_done"] == len(windows) * run.every
+        assert (stage["lr_first"], stage["lr_last"]) == (windows[0]["lr"], windows[-1]["lr"])
+    assert sum(s["updates_done"] for s in stages) == run.update
+    for before, after in pairwise(stages):
+        assert before["end_epoch"] == after["start_epoch"]
+
+
+def test_stages_that_were_not_reached_are_shown_as_planned(tmp_path: Path) -> None:
+    run = Simulation(epochs=12).run(finish=False)
+    run.epochs = 30
+    page = read_page(build_report([run.write(tmp_path / "run")]))
+    assert page.text.count("not reached") == 3
+    assert "the run has no end line at" in page.text
+
+
+def test_the_answer_stands_first_and_in_sentences(run_dir: Path) -> None:
+    index = build_report([run_dir])
+    assert index == run_dir / "report" / "index.html"
+    page, numbers = read_page(index), numbers_of(index)
+    answer = page.text[: page.text.index("Curves over samples seen")]
+    for part in (
+        "lenet5 on digits",
+        f"test accuracy of {100 * (numbers['final_test_accuracy'] or 0):.2f}",
+        f"It took {numbers['updates']:,.0f} updates",
+        f"would have needed {numbers['updates_at_initial_batch']:,.0f}",
+        "10th to 90th percentile",
+        "left out as warm-up",
+        "on 1 to 2 ranks, with 1 restart",
+    ):
+        assert part in answer
+    assert page.tags.index("p") < page.tags.index("svg")
+    assert len(page.svgs) == len(FIGURES)
+    for fault in ("digest does not match", "gradient overflow in fp16", "geometric: ×2 every 5ep"):
+        assert fault in page.text
+    assert "EPYC 9354" in page.text
+
+
+def test_a_requested_stop_is_no_restart(tmp_path: Path) -> None:
+    run = Simulation(epochs=4)
+    run.tell("start", attempt=1, ranks=1, samples_seen=0)
+    run.tell("stop", reason="2 ranks wanted", samples_seen=0)
+    run.run(restart_at=None)
+    run.tell("start", attempt=3, ranks=1, samples_seen=0)
+    numbers = numbers_of(build_report([run.write(tmp_path / "run")]))
+    assert (numbers["attempts"], numbers["restarts"], numbers["continuations"]) == (3, 0, 2)
+
+
+def test_wall_time_is_unknown_when_the_clock_went_back(tmp_path: Path) -> None:
+    run = Simulation(epochs=2).run(restart_at=None)
+    run.events[-1]["time"] = "2020-01-01T00:00:00"
+    index = build_report([run.write(tmp_path / "run")])
+    assert numbers_of(index)["wall_seconds"] is None
+    assert "The wall time is not recorded" in read_page(index).text
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_csv_files_hold_the_records_exactly(tmp_path: Path) -> None:
+    run = Simulation().run()
+    run.metrics[3]["loss"] = None
+    index = build_report([run.write(tmp_path / "run")])
+    rows = read_csv(index.parent / "metrics.csv")
+    assert len(rows) == len(run.metrics)
+    for row, record in zip(rows, run.metrics, strict=True):
+        seconds = record.pop("seconds")
+        flat = {**record, **{f"seconds_{phase}": s for phase, s in seconds.items()}}
+        assert row.pop("run") == "1"
+        assert {k: float(v) if v else None for k, v in row.items()} == flat
+    evaluations = read_csv(index.parent / "evaluations.csv")
+    expected = [e for e in run.events if e["kind"] == "evaluation"]
+    assert [float(row["accuracy"]) for row in evaluations] == [e["accuracy"] for e in expected]
+    stages = read_csv(index.parent / "stages.csv")
+    summary = read_summary(index)["runs"][0]["stages"]
+    assert [float(row["lr_last"]) for row in stages] == [s["lr_last"] for s in summary]
+    assert [row["reason"] for row in stages] == [s["reason"] for s in summary]
+
+
+def test_two_builds_give_equal_bytes(run_dir: Path, tmp_path: Path) -> None:
+    first, second = (build_report([run_dir], tmp_path / name).parent for name in "ab")
+    names = {path.name for path in first.iterdir()}
+    assert names == {
+        *(f"{figure}.svg" for figure in FIGURES),
+        *("index.html", "summary.json", "metrics.csv", "evaluations.csv", "stages.csv"),
+    }
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_user_settings_of_matplotlib_change_nothing(run_dir: Path, tmp_path: Path) -> None:
+    import matplotlib as mpl
+
+    plain = build_report([run_dir], tmp_path / "a").read_bytes()
+    with mpl.rc_context({"axes.facecolor": "red", "font.size": 30, "svg.fonttype": "path"}):
+        assert build_report([run_dir], tmp_path / "b").read_bytes() == plain
+        assert mpl.rcParams["font.size"] == 30
+
+
+def test_figures_hold_text_theme_and_no_clock(run_dir: Path) -> None:
+    index = build_report([run_dir])
+    html = index.read_text(encoding="utf-8")
+    drawn = html[html.index("<figure") : html.rindex("</figure>")]
+    assert "var(--ink)" in drawn
+    assert "var(--series-0)" in drawn
+    assert "Samples seen</text>" in drawn
+    for figure in FIGURES:
+        svg = (index.parent / f"{figure}.svg").read_text(encoding="utf-8")
+        assert "var(" not in svg
+        assert "#0a0b" not in svg + drawn
+        assert "#010203" not in svg + drawn
+        assert "<metadata" not in svg + drawn
+        assert "matplotlib.org" not in svg
+
+
+def test_a_figure_of_an_earlier_build_does_not_stay(run_dir: Path) -> None:
+    index = build_report([run_dir])
+    assert (index.parent / "accuracy.svg").exists()
+    (run_dir / "events.jsonl").unlink()
+    build_report([run_dir])
+    assert not (index.parent / "accuracy.svg").exists()
+    assert (index.parent / "loss.svg").exists()
+
+
+def test_importing_the_report_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, harness.report; "
+        "print(sorted({'matplotlib', 'jinja2', 'numpy', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------- hostile and broken input
+
+
+def test_hostile_text_neither_breaks_nor_injects(tmp_path: Path) -> None:
+    dirs = []
+    for place in range(2):
+        run = Simulation(place, epochs=12, name=HOSTILE, reason=HOSTILE).run()
+        run.tell(HOSTILE, note=HOSTILE, **{HOSTILE: [HOSTILE]})
+        run.tell("stop", reason="</td></table></svg><svg onload=alert(1)>")
+        path = run.write(tmp_path / f"run {place} <b>&amp;$x$")
+        (path / "provenance.json").write_text(json.dumps({HOSTILE: {"host": HOSTILE}}))
+        dirs.append(path)
+    for chosen in (dirs[:1], dirs):
+        index = build_report(chosen, tmp_path / f"out{len(chosen)}")
+        page = read_page(index)
+        assert "<script>alert(1)</script>" in page.text
+        assert "{{ 7*7 }}" in page.text
+        assert "\u202e" not in page.text
+        assert "</td></table></svg>" in page.text
+        reasons = [row["reason"] for row in read_csv(index.parent / "stages.csv")]
+        assert not any(reason.startswith("=") for reason in reasons)
+    title = "".join(read_xml(index.parent / "loss.svg").itertext())
+    assert "<script>" in title
+
+
+def test_a_formula_in_a_csv_is_text(tmp_path: Path) -> None:
+    run = Simulation(epochs=6, reason="=1+1").run(restart_at=None)
+    index = build_report([run.write(tmp_path / "run")])
+    assert {row["reason"] for row in read_csv(index.parent / "stages.csv")} == {
+        "initial batch",
+        "'=1+1",
+    }
+
+
+def truncate_line(run: Path) -> str:
+    content = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(content[:-40])
+    return "lines are broken and left out"
+
+
+def only_config(run: Path) -> str:
+    for name in ("plan.json", "provenance.json", "metrics.jsonl", "events.jsonl"):
+        (run / name).unlink()
+    return "no training window has been recorded yet"
+
+
+def only_metrics(run: Path) -> str:
+    for name in ("plan.json", "provenance.json", "config.yaml", "events.jsonl"):
+        (run / name).unlink()
+    return "no evaluation has been recorded yet"
+
+
+def null_everything(run: Path) -> str:
+    for name in ("metrics.jsonl", "events.jsonl"):
+        lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
+        nulled = [{k: v if k == "kind" else None for k, v in line.items()} for line in lines]
+        (run / name).write_bytes(b"".join(map(encode, nulled)))
+    return "loss is null or not a number in every line"
+
+
+def some_nulls(run: Path) -> str:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[:5]:
+        line["images_per_sec"] = None
+    (run / "metrics.jsonl").write_bytes(b"".join(map(encode, lines)))
+    return f"images_per_sec is null or not a number in 5 of {len(lines)} lines"
+
+
+def wrong_types(run: Path) -> str:
+    bad = {
+        "update": "x",
+        "samples_seen": True,
+        "loss": [1],
+        "stage": {},
+        "lr": 10**400,
+        "ranks": "",
+    }
+    worse: dict[str, Any] = {"kind": ["stage"], "time": 5, "stage": "one", "accuracy": "high"}
+    lines = [encode(bad), encode(worse), encode({}), b'{"loss": NaN, "seconds": 7}\n', b"[1]\n"]
+    for name in ("metrics.jsonl", "events.jsonl"):
+        (run / name).write_bytes(b"".join(lines))
+    (run / "plan.json").write_text('{"stages": [1, {"stage": null}, {}], "totals": []}')
+    (run / "config.yaml").write_text("batch: 7\ndata: [1]\nname: {a: 1}\n&a x: [*a, .inf]\n")
+    return "samples_seen is null or not a number in every line"
+
+
+def empty_files(run: Path) -> str:
+    for name in ("config.yaml", "plan.json", "provenance.json", "metrics.jsonl", "events.jsonl"):
+        (run / name).write_bytes(b"")
+    return "plan.json cannot be read"
+
+
+def binary_files(run: Path) -> str:
+    for name in ("config.yaml", "plan.json", "provenance.json", "metrics.jsonl", "events.jsonl"):
+        (run / name).write_bytes(bytes(range(256)) * 3)
+    return "config.yaml cannot be read"
+
+
+def yaml_loop(run: Path) -> str:
+    (run / "config.yaml").write_text("name: loop\nme: &a\n  again: *a\n  list: [*a, {x: *a}]\n")
+    return "loop"
+
+
+def unfinished(run: Path) -> str:
+    lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
+    (run / "events.jsonl").write_text("".join(lines[:-1]))
+    return "the run has no end line"
+
+
+def overflowing_values(run: Path) -> str:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[:4]:
+        line |= {"global_batch": -5, "loss": 1e99, "images_per_sec": 1e-300, "lr": -1e99}
+    lines[5] |= {"loss": 1e308, "global_batch": 0, "images_per_sec": 0}
+    (run / "metrics.jsonl").write_bytes(b"".join(map(encode, lines)))
+    return f"loss is null or not a number in 1 of {len(lines)} lines"
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        truncate_line, only_config, only_metrics, null_everything, some_nulls, wrong_types,
+        empty_files, binary_files, yaml_loop, unfinished, overflowing_values,
+    ],
+)  # fmt: skip
+def test_broken_records_give_a_page_and_a_note(run_dir: Path, tmp_path: Path, harm: Any) -> None:
+    note = harm(run_dir)
+    index = build_report([run_dir])
+    assert note in read_page(index).text
+    assert "null" not in (index.parent / "metrics.csv").read_text()
+    healthy = Simulation(1, epochs=4).run().write(tmp_path / "healthy")
+    both = read_page(build_report([run_dir, healthy], tmp_path / "both"))
+    assert note in both.text
+
+
+def test_what_is_unknown_is_null_and_never_zero(run_dir: Path) -> None:
+    only_config(run_dir)
+    numbers = numbers_of(build_report([run_dir]))
+    assert {name for name, value in numbers.items() if value is not None} == {"initial_batch"}
+
+
+def test_a_run_without_evaluations_says_so(tmp_path: Path) -> None:
+    run = Simulation(epochs=3).run(restart_at=None)
+    run.events = [e for e in run.events if e["kind"] != "evaluation"]
+    page = read_page(build_report([run.write(tmp_path / "run")]))
+    assert "no test accuracy has been recorded" in page.text
+    assert "No evaluation has been recorded." in page.text
+    assert len(page.svgs) == len(FIGURES) - 1
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["stage", "evaluation", "start", "resume", "stop", "end", "skipped_update"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+FIELDS = (
+    *("update", "samples_seen", "epoch", "stage", "ranks", "global_batch", "lr", "loss"),
+    *("images_per_sec", "seconds", "kind", "time", "reason", "accuracy", "attempt", "file"),
+)
+records = st.lists(st.dictionaries(st.sampled_from(FIELDS), json_values), max_size=6)
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(metrics=records, events=records, plan=json_values, config=json_values)
+def test_no_record_whatever_ends_in_a_traceback(
+    tmp_path_factory: pytest.TempPathFactory, metrics: Any, events: Any, plan: Any, config: Any
+) -> None:
+    run = tmp_path_factory.mktemp("any")
+    (run / "metrics.jsonl").write_bytes(b"".join(map(encode, metrics)))
+    (run / "events.jsonl").write_bytes(b"".join(map(encode, events)))
+    (run / "plan.json").write_text(json.dumps({"stages": plan, "totals": plan}))
+    (run / "config.yaml").write_text(json.dumps({"name": config, "batch": config}))
+    read_page(build_report([run]))
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path, run_dir: Path) -> None:
+    with pytest.raises(RunDirectoryError, match="no run directory was given"):
+        build_report([])
+    with pytest.raises(RunDirectoryError, match="is not a directory"):
+        build_report([tmp_path / "nothing"])
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UsageError, match="cannot be written to"):
+        build_report([run_dir], tmp_path / "file")
+
+
+# ---------------------------------------------------------------- several runs
+
+
+def test_several_runs_share_the_figures_and_have_a_row_each(tmp_path: Path) -> None:
+    growing = Simulation(0, name="growing").run()
+    fixed = Simulation(1, factor=1, name="fixed").run(restart_at=None)
+    dirs = [growing.write(tmp_path / "a"), fixed.write(tmp_path / "b")]
+    index = build_report([*dirs, dirs[0]], tmp_path / "both")
+    page = read_page(index)
+    assert "2 runs are compared." in page.text
+    assert f"The fewest updates are {growing.update:,}, of run 1 (growing)." in page.text
+    assert len(page.svgs) == len(FIGURES)
+    assert all("1 growing" in str(svg["aria-label"]) for svg in page.svgs)
+    assert [r["name"] for r in read_summary(index)["runs"]] == ["growing", "fixed"]
+    for place, path in enumerate(dirs):
+        alone = numbers_of(build_report([path], tmp_path / f"alone{place}"))
+        assert numbers_of(index, place) == alone
+    runs = {row["run"] for row in read_csv(index.parent / "metrics.csv")}
+    assert runs == {"1", "2"}
+
+
+def test_runs_of_different_tasks_are_not_compared_silently(tmp_path: Path) -> None:
+    dirs = [Simulation(i, epochs=2 + i).run(None).write(tmp_path / str(i)) for i in range(2)]
+    config = Simulation().config() | {"data": {"dataset": "mnist"}}
+    (dirs[1] / "config.yaml").write_text(yaml.safe_dump(config))
+    text = read_page(build_report(dirs, tmp_path / "out")).text
+    assert "of different tasks" in text
+    assert "different numbers of samples" in text
+
+
+def test_many_runs_stay_small(tmp_path: Path) -> None:
+    dirs = [Simulation(i, epochs=10, every=1).run().write(tmp_path / str(i)) for i in range(20)]
+    index = build_report(dirs, tmp_path / "out")
+    read_page(index)
+    assert index.stat().st_size < 5e6
+
+
+# ---------------------------------------------------------------- large runs
+
+
+@pytest.mark.slow
+def test_a_large_run_gives_a_small_page_that_says_how(tmp_path: Path) -> None:
+    run = Simulation(epochs=2).run(restart_at=None)
+    path = run.write(tmp_path / "big")
+    noise = random.Random(0)
+    with (path / "metrics.jsonl").open("wb") as file:
+        for i in range(150_000):
+            line = run.metrics[i % len(run.metrics)] | {
+                "update": i + 1,
+                "samples_seen": 64 * (i + 1),
+                "loss": noise.random(),
+                "images_per_sec": noise.uniform(900, 1100),
+                "lr": noise.random(),
+                "stage": i // 50,
+                "global_batch": 64 + i // 50,
+            }
+            file.write(encode(line))
+    index = build_report([path])
+    page = read_page(index)
+    assert index.stat().st_size < 5e6
+    assert "Drawn as the mean of 2,000 equal groups of the 150,000 windows" in page.text
+    assert "2,600 of 3,000 stages are left out here; stages.csv has all." in page.text
+    assert "one in 2, metrics.jsonl has all" in page.text
+    assert len(read_csv(index.parent / "stages.csv")) == 3000
+    assert numbers_of(index)["windows_counted"] == 149_999
+
+
+# ---------------------------------------------------------------- parts, by their laws
+
+values = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400)
+
+
+@given(values, st.integers(4, 60))
+def test_extremes_keep_the_ends_the_lowest_and_the_highest(y: list[float], limit: int) -> None:
+    full = Curve([float(i) for i in range(len(y))], y, source_points=len(y))
+    thin = extremes(full, limit)
+    assert len(thin.x) <= max(limit, 2)
+    assert (thin.y[0], thin.y[-1]) == (y[0], y[-1])
+    assert (min(thin.y), max(thin.y)) == (min(y), max(y))
+    assert thin.x == sorted(thin.x)
+    assert all(y[int(x)] == v for x, v in zip(thin.x, thin.y, strict=True))
+
+
+@given(values, st.integers(1, 60))
+def test_means_stay_in_their_band_and_the_band_spans_all(y: list[float], limit: int) -> None:
+    full = Curve([float(i) for i in range(len(y))], y, source_points=len(y))
+    thin = means(full, limit)
+    assert len(thin.x) <= limit or thin is full
+    if thin.low is not None and thin.high is not None:
+        assert (min(thin.low), max(thin.high)) == (min(y), max(y))
+        for low, mean, high in zip(thin.low, thin.y, thin.high, strict=True):
+            assert low - 1e-6 <= mean <= high + 1e-6
+
+
+@given(st.lists(st.integers(0, 2), max_size=60))
+def test_a_staircase_loses_no_step(heights: list[int]) -> None:
+    stairs = steps([float(i) for i in range(len(heights))], [float(h) for h in heights])
+    kept = dict(zip(stairs.x, stairs.y, strict=True))
+    height = None
+    for x, y in enumerate(heights):
+        height = kept.get(float(x), height)
+        assert height == y
+
+
+@given(values, st.floats(0, 1))
+def test_quantile_agrees_with_numpy(sample: list[float], share: float) -> None:
+    expected = float(np.quantile(np.array(sample), share))
+    assert quantile(sorted(sample), share) == pytest.approx(expected, rel=1e-9, abs=1e-6)
+
+
+@given(st.text())
+def test_cleaned_text_fits_xml_and_utf8(text: str) -> None:
+    ElementTree.fromstring(f"<a>{escape(scrub(text))}</a>".encode())  # noqa: S314
+    assert len(clean(text, 20)) <= 20
+    assert "\n" not in clean(text)
+
+
+@given(st.floats(1e-12, 1e12), st.sampled_from([1, -1]))
+def test_a_shown_number_is_the_number_to_four_digits(size: float, sign: int) -> None:
+    shown = float(general(sign * size).replace(",", ""))
+    assert shown == pytest.approx(sign * size, rel=6e-4)
+
+
+def test_what_is_no_number_is_none() -> None:
+    for value in (None, True, "1", [], math.nan, math.inf, 10**400, -1e101):
+        assert number(value) is None
+    assert [number(v) for v in (0, -2, 1.5)] == [0, -2, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "–"), (0.04, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 0 s"), (83, "1 min 23 s"),
+        (3599.7, "1 h 0 min"), (7380, "2 h 3 min"), (90000, "1 d 1 h"),
+    ],
+)  # fmt: skip
+def test_durations_read_naturally(seconds: float | None, text: str) -> None:
+    assert duration(seconds).replace("\N{NO-BREAK SPACE}", " ") == text
