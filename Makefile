@@ -1,5 +1,6 @@
 # `make` alone lists the targets.
-PYTHON ?= python3
+# Looked up before .venv/bin comes first on PATH.
+PYTHON := $(or $(PYTHON),$(shell command -v python3),python3)
 VENV := $(CURDIR)/.venv
 # Where no MPI is installed the set-up puts one into the environment.
 export PATH := $(VENV)/bin:$(PATH)

@@ -193,6 +193,8 @@ class Comm(Section):
     controller: Literal["mpi", "gloo"] = "mpi"
     """What carries Horovod's collectives between CPUs."""
     compression: Literal["none", "fp16"] = "none"
+    summation: Literal["float", "exact"] = "float"
+    """exact: the same weights to the last bit on any number of ranks, for twice the bytes."""
     bucket_mb: Annotated[float, Field(gt=0, le=4096)] = 4.0
     """Size of a gradient bucket in MiB of float32."""
 
@@ -205,6 +207,15 @@ class Comm(Section):
                 "valid are none and fp16"
             )
         return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.summation == "exact" and self.compression != "none":
+            raise ValueError(
+                f"comm.summation = exact cannot be compressed; use comm.compression=none instead "
+                f"of {self.compression}"
+            )
+        return self
 
 
 class Train(Section):

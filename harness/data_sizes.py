@@ -10,14 +10,15 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 from harness.errors import DataError
 
 TRAIN_SIZES = {"digits": 1437, "mnist": 60000}
 """Published (or, for digits, our own) number of training samples of each data set by name."""
 
+ByteStream = BufferedReader | gzip.GzipFile
 FRESH_COPY = "replace it with a fresh copy"
 _MAGIC = 0x0800  # third byte 0x08: unsigned bytes; the fourth is the number of dimensions
 
@@ -56,7 +57,7 @@ def find_idx(root: Path, part: str, dimensions: int) -> Path | None:
 
 
 @contextmanager
-def open_idx(path: Path) -> Iterator[IO[bytes]]:
+def open_idx(path: Path) -> Iterator[ByteStream]:
     """The file's bytes, unpacked if they are gzip, whatever the file is called.
 
     Raises DataError, also for what goes wrong while the caller reads.
@@ -65,14 +66,14 @@ def open_idx(path: Path) -> Iterator[IO[bytes]]:
         with path.open("rb") as raw:
             zipped = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
-            yield gzip.GzipFile(fileobj=raw) if zipped else raw  # type: ignore[misc]
+            yield gzip.GzipFile(fileobj=raw) if zipped else raw
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{path}: corrupt gzip data ({error}); {FRESH_COPY}") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def read_header(stream: IO[bytes], path: Path, dimensions: int) -> tuple[int, ...]:
+def read_header(stream: ByteStream, path: Path, dimensions: int) -> tuple[int, ...]:
     """Sizes of the ``dimensions`` axes of a file of unsigned bytes, samples first, all positive.
 
     The format is the one described with MNIST: a big-endian magic number, then one 32-bit size per

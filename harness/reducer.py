@@ -5,6 +5,11 @@ parameter's ``.grad`` is a view into one. During the update's last micro-batch a
 the communicator as soon as its last gradient is in; earlier micro-batches send nothing. Loss, sample
 count and stop flag travel in one small tensor beside the buckets.
 
+``summation="exact"`` makes the result independent of how an update is cut into ranks and
+micro-batches, to the last bit: each micro-batch's gradient is rounded to a fixed-point integer, and
+integers add up to the same sum in any order. Float sums do not, and training amplifies the last bit
+of a difference until, some hundred updates later, two runs have nothing in common.
+
 With fp16, a bucket is multiplied by a power of two before the cast. Its exponent comes from the
 largest magnitude of the last *reduced* bucket, which is the same on all ranks, so ranks agree on it
 without another message.
@@ -14,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -29,6 +34,11 @@ _TARGET_EXPONENT = 8
 _BACK_OFF = 8
 _EXPONENT_RANGE = 100
 
+# Exact summation: one unit is 2^-50. A gradient of 1e-8 keeps seven digits, and an element's sum may
+# reach 2^12 before a 64-bit integer could overflow.
+_UNIT_EXPONENT = 50
+_EXACT_LIMIT = 2.0**12
+
 
 @dataclass
 class _Bucket:
@@ -41,7 +51,9 @@ class _Bucket:
     exponent: int | None = None
     """fp16 only: the bucket travels as bucket × 2^exponent; None: not known yet, send float32."""
     wire: torch.Tensor | None = None
-    compressed: bool = field(default=False)
+    compressed: bool = False
+    total: torch.Tensor | None = None
+    """Exact summation only: int64, in units of 2^-50."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,7 @@ class GradientReducer:
     ``.grad``. The loss of a micro-batch must be its samples' summed loss divided by the number of
     samples of the *whole* update, so that the sum over micro-batches and ranks is the mean.
 
-    Raises ValueError for parameters that are not float32.
+    Raises ValueError for parameters that are not float32, or compression with exact summation.
     """
 
     def __init__(
@@ -75,20 +87,26 @@ class GradientReducer:
         comm: Communicator,
         compression: Literal["none", "fp16"] = "none",
         bucket_bytes: int = 4 << 20,
+        summation: Literal["float", "exact"] = "float",
     ) -> None:
+        if compression != "none" and summation == "exact":
+            raise ValueError("exact summation cannot be compressed")
         self._comm = comm
+        self._bound = 0.0
         self._fp16 = compression == "fp16"
         self._buckets = _fill_buckets(model, bucket_bytes)
-        self._of: dict[nn.Parameter, tuple[_Bucket, torch.Tensor]] = {}
+        self._of: dict[nn.Parameter, _Bucket] = {}
         self._remaining = 0
         self._armed = False
         self._hooks = []
         for bucket in self._buckets:
             if self._fp16:
                 bucket.wire = torch.empty_like(bucket.flat, dtype=torch.float16)
+            if summation == "exact":
+                bucket.total = torch.empty_like(bucket.flat, dtype=torch.int64)
             for parameter, view in bucket.views:
                 parameter.grad = view
-                self._of[parameter] = (bucket, view)
+                self._of[parameter] = bucket
                 self._hooks.append(
                     parameter.register_post_accumulate_grad_hook(self._gradient_ready)
                 )
@@ -97,8 +115,11 @@ class GradientReducer:
         """Begin an update to which this rank contributes ``micro_batches`` backward passes."""
         self._remaining = micro_batches
         self._armed = False
+        self._bound = 0.0
         for bucket in self._buckets:
             bucket.flat.zero_()
+            if bucket.total is not None:
+                bucket.total.zero_()
             bucket.waiting = len(bucket.views)
             bucket.sent = False
 
@@ -110,17 +131,19 @@ class GradientReducer:
         self._armed = self._remaining == 0
         loss.backward()  # type: ignore[no-untyped-call]
         self._armed = False
+        if self._remaining:
+            for bucket in self._buckets:
+                self._fold(bucket)
 
     def finish(self, extras: Sequence[float] = ()) -> Reduced:
         """Wait for the sums; the reduced gradients are then in ``.grad``."""
         if self._remaining:
             raise RuntimeError(f"{self._remaining} backward passes short of what start() was told")
-        small = torch.tensor(list(extras), dtype=torch.float64)
         for bucket in self._buckets:
             if not bucket.sent:
-                self._collect_strays(bucket)
                 self._send(bucket)
-        handle = self._comm.allreduce_async(small, "extras") if len(small) else None
+        small = torch.tensor([*extras, self._bound], dtype=torch.float64)
+        handle = self._comm.allreduce_async(small, "extras")
         sent = small.nbytes
         norms = []
         for bucket in self._buckets:
@@ -128,14 +151,14 @@ class GradientReducer:
             norms.append(torch.linalg.vector_norm(bucket.flat))
             if self._fp16:
                 norms.append(torch.linalg.vector_norm(bucket.flat, math.inf))
-        if handle is not None or len(small):
-            self._comm.wait(handle)
+        self._comm.wait(handle)
+        *sums, bound = small.tolist()
         values = torch.stack(norms).tolist()
         norm = math.sqrt(sum(v * v for v in values[:: 2 if self._fp16 else 1]))
-        finite = math.isfinite(norm)
+        finite = math.isfinite(norm) and bound < _EXACT_LIMIT  # false for a NaN too
         if self._fp16:
             self._agree_exponents(values[1::2], finite)
-        return Reduced(small.tolist(), norm, finite, sent)
+        return Reduced(sums, norm, finite, sent)
 
     def state_dict(self) -> dict[str, Any]:
         """What the next update's arithmetic depends on."""
@@ -158,28 +181,34 @@ class GradientReducer:
     def _gradient_ready(self, parameter: nn.Parameter) -> None:
         if not self._armed:
             return
-        bucket, view = self._of[parameter]
-        if parameter.grad is not view:
-            self._take_back(parameter, view)
+        bucket = self._of[parameter]
         bucket.waiting -= 1
         if bucket.waiting == 0:
             self._send(bucket)
 
-    @staticmethod
-    def _take_back(parameter: nn.Parameter, view: torch.Tensor) -> None:
-        """Someone replaced ``.grad`` (zero_grad(set_to_none=True)): move it into the bucket."""
-        if parameter.grad is not None:
-            view.copy_(parameter.grad)
-        parameter.grad = view
+    def _fold(self, bucket: _Bucket) -> None:
+        """Exact summation: move what the bucket holds into its integer total."""
+        self._collect_strays(bucket)
+        if bucket.total is None:
+            return
+        # Sums of the largest magnitudes bound every element's sum, over ranks too.
+        self._bound += float(torch.linalg.vector_norm(bucket.flat, math.inf))
+        bucket.total += bucket.flat.mul_(2.0**_UNIT_EXPONENT).round_().to(torch.int64)
+        bucket.flat.zero_()
 
-    def _collect_strays(self, bucket: _Bucket) -> None:
+    @staticmethod
+    def _collect_strays(bucket: _Bucket) -> None:
+        """Take gradients back that someone moved out by ``zero_grad(set_to_none=True)``."""
         for parameter, view in bucket.views:
             if parameter.grad is not view:
-                self._take_back(parameter, view)
+                if parameter.grad is not None:
+                    view.copy_(parameter.grad)
+                parameter.grad = view
 
     def _send(self, bucket: _Bucket) -> None:
+        self._fold(bucket)
         bucket.sent = True
-        tensor = bucket.flat
+        tensor = bucket.flat if bucket.total is None else bucket.total
         bucket.compressed = bucket.wire is not None and bucket.exponent is not None
         if bucket.wire is not None and bucket.exponent is not None:
             tensor = bucket.wire
@@ -189,6 +218,9 @@ class GradientReducer:
     def _receive(self, bucket: _Bucket) -> int:
         self._comm.wait(bucket.handle)
         bucket.handle = None
+        if bucket.total is not None:
+            bucket.flat.copy_(bucket.total).mul_(2.0**-_UNIT_EXPONENT)
+            return bucket.total.nbytes
         if not bucket.compressed or bucket.wire is None or bucket.exponent is None:
             return bucket.flat.nbytes
         bucket.flat.copy_(bucket.wire).mul_(2.0**-bucket.exponent)

@@ -62,7 +62,11 @@ class Trainer:
         self._sampler = GlobalBatchSampler(size, config.seed, config.batch.micro_batch)
         self._augment = data.augmentation if config.data.augment else None
         self._reducer = GradientReducer(
-            model, comm, config.comm.compression, int(config.comm.bucket_mb * 2**20)
+            model,
+            comm,
+            config.comm.compression,
+            int(config.comm.bucket_mb * 2**20),
+            config.comm.summation,
         )
         self._optimizer = torch.optim.SGD(
             model.parameters(),

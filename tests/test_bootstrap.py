@@ -183,6 +183,8 @@ class TestGpu:
             "HOROVOD_NCCL_HOME": str(nccl),
         }
         assert "22703" in found.identity
+        other = self.prefix(tmp_path / "other/nvidia/nccl").parents[1]
+        assert find_gpu(self.CUDA, other, environ).identity == found.identity
 
     def test_the_users_choice_wins(self, tmp_path: Path) -> None:
         tool(tmp_path / "cuda/bin", "nvcc")
@@ -307,7 +309,8 @@ class TestFailure:
             ("x\nOSError: [Errno 28] No space left on device\n", "no disk space"),
             ("g++: fatal error: Killed signal terminated program cc1plus", "HARNESS_BUILD_JOBS=1"),
             ("NewConnectionError: Temporary failure in name resolution", "no network"),
-            ("ERROR: No matching distribution found for torch==2.13.0", "torch==2.13.0"),
+            ("ERROR: No matching distribution found for torch==2.13.0", "has torch==2.13.0 for"),
+            ("    The user requested (constraint) torch==2.13.0\n", "has torch==2.13.0 for"),
             ("CMake Error: Could NOT find MPI_CXX", "MPI on PATH"),
             ("a\nERROR: something new\nb", "ERROR: something new"),
             ("", "no reason"),

@@ -93,6 +93,7 @@ def test_enlarging_is_bilinear() -> None:
     part=st.floats(0, 1),
     key=st.integers(0, 2**32),
 )
+@settings(deadline=None)
 def test_a_stratified_split_is_a_split(labels: list[int], part: float, key: int) -> None:
     classes = np.array(labels)
     test_size = round(part * len(labels))
@@ -331,7 +332,7 @@ def test_corrupt_gzip(tmp_path: Path, data: bytes) -> None:
     junk=st.binary(min_size=0, max_size=8),
     keep=st.integers(0, 2**20),
 )
-@settings(max_examples=300)
+@settings(deadline=None, max_examples=300)
 def test_damage_is_a_data_error_or_harmless(
     tmp_path_factory: pytest.TempPathFactory, zipped: bool, at: int, junk: bytes, keep: int
 ) -> None:
@@ -351,7 +352,7 @@ def test_damage_is_a_data_error_or_harmless(
     ("count", "zeros", "message"),
     [
         (2**31, 28 * 28, "truncated"),  # the header claims 1.7 TB
-        (2, 200_000_000, "trailing"),  # 200 MB packed into 200 KB
+        (2, 50_000_000, "trailing"),  # 50 MB, packed into 50 KB
         (200_000, 28 * 28, "truncated"),  # claims 157 MB, which the packed file cannot hold
     ],
 )
@@ -394,7 +395,9 @@ def test_a_directory_in_place_of_a_file_is_missing(tmp_path: Path) -> None:
     order=st.permutations(range(64)),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_pixels_do_not_depend_on_the_batch(cuts: list[int], order: list[int], seed: int) -> None:
     data = digits_once()
     samples = np.random.default_rng(seed).integers(0, 1437, 64)

@@ -10,7 +10,7 @@ from math import gcd, sqrt
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.data import sampler as sampler_module
@@ -35,6 +35,7 @@ def test_every_small_size_is_permuted(size: int) -> None:
 
 
 @given(size=st.integers(1, 50_000), key=st.integers(0, 2**64 - 1))
+@settings(deadline=None)
 def test_any_size_is_permuted(size: int, key: int) -> None:
     assert np.array_equal(np.sort(whole(size, key)), np.arange(size))
 
@@ -44,6 +45,7 @@ def test_any_size_is_permuted(size: int, key: int) -> None:
     key=st.integers(0, 2**64 - 1),
     wanted=st.lists(st.integers(0, 2**40 - 1), min_size=1, max_size=50, unique=True),
 )
+@settings(deadline=None)
 def test_huge_sizes_stay_in_range_and_apart(size: int, key: int, wanted: list[int]) -> None:
     index = np.unique(np.array(wanted, dtype=np.uint64) % np.uint64(size))
     image = permute(index, size, key)
@@ -52,6 +54,7 @@ def test_huge_sizes_stay_in_range_and_apart(size: int, key: int, wanted: list[in
 
 
 @given(size=st.integers(1, 5000), key=st.integers(0, 2**64 - 1), seed=st.integers(0, 99))
+@settings(deadline=None)
 def test_an_image_does_not_depend_on_what_else_is_asked(size: int, key: int, seed: int) -> None:
     some = np.random.default_rng(seed).integers(0, size, (3, 7))
     assert np.array_equal(permute(some.astype(np.uint64), size, key), whole(size, key)[some])
@@ -185,9 +188,10 @@ def test_all_orders_of_five_are_equally_likely() -> None:
 
 @pytest.mark.parametrize("size", [65, 100, 1437])
 def test_every_step_between_neighbours_is_equally_frequent(size: int) -> None:
-    assert abs(steps_deviation(shuffles(whole, size))) < FAIR
+    keys = KEYS if size < 1000 else 1000
+    assert abs(steps_deviation(shuffles(whole, size, keys))) < FAIR
     for bad in (identity, rotation, four_rounds):
-        assert steps_deviation(shuffles(bad, size)) > UNFAIR, bad.__name__
+        assert steps_deviation(shuffles(bad, size, keys)) > UNFAIR, bad.__name__
 
 
 @pytest.mark.parametrize("size", [10, 100, 1437])
@@ -259,6 +263,7 @@ def assert_exact(epochs: I64, samples: I64, dataset_size: int) -> None:
     sizes=st.lists(st.integers(1, 400), min_size=1, max_size=8),
     seed=st.integers(0, 2**32),
 )
+@settings(deadline=None)
 def test_each_epoch_visits_each_sample_once(
     dataset_size: int, micro: int, ranks: int, sizes: list[int], seed: int
 ) -> None:
@@ -288,6 +293,7 @@ def test_an_update_may_span_many_epochs() -> None:
     micro=st.integers(1, 600),
     ranks=st.integers(1, 9),
 )
+@settings(deadline=None)
 def test_grouping_does_not_depend_on_ranks(seen: int, size: int, micro: int, ranks: int) -> None:
     sampler = GlobalBatchSampler(1437, 3, micro)
     alone = [facts(batch) for batch in sampler.micro_batches(seen, size)]

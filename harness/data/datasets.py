@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -23,9 +23,9 @@ I64 = npt.NDArray[np.int64]
 class ImageSplit:
     """Images and labels of one split. Raises ValueError for tensors that do not fit each other."""
 
-    images: Tensor
+    images: Tensor = field(repr=False)
     """uint8, shape (n, C, H, W)."""
-    labels: Tensor
+    labels: Tensor = field(repr=False)
     """int64, shape (n,)."""
     mean: tuple[float, ...]
     """Per channel, of pixels in 0..1."""

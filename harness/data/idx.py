@@ -5,12 +5,11 @@ from __future__ import annotations
 import gzip
 from math import prod
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
-from harness.data_sizes import FRESH_COPY, open_idx, read_header
+from harness.data_sizes import FRESH_COPY, ByteStream, open_idx, read_header
 from harness.errors import DataError
 
 _CHUNK = 1 << 20
@@ -47,7 +46,7 @@ def read_idx(path: Path, item: tuple[int, ...]) -> npt.NDArray[np.uint8]:
     return np.frombuffer(body, dtype=np.uint8).reshape(sizes)
 
 
-def _check_claim(stream: IO[bytes], path: Path, claimed: int) -> None:
+def _check_claim(stream: ByteStream, path: Path, claimed: int) -> None:
     """Refuse a file too small to hold ``claimed`` bytes, by its size alone."""
     on_disk = path.stat().st_size
     if not isinstance(stream, gzip.GzipFile):

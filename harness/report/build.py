@@ -43,7 +43,6 @@ class RunView:
 
     run: Run
     numbers: Summary
-    colour: int
     stages: list[tables.Stage]
     stage_rows: Shown
     event_rows: Shown
@@ -82,7 +81,6 @@ def _view(run: Run, runs: int) -> RunView:
     return RunView(
         run=run,
         numbers=summarise(run),
-        colour=(run.number - 1) % 7,
         stages=stages,
         stage_rows=_shorten(stages, room),
         event_rows=_shorten(tables.event_rows(run), room),
@@ -142,6 +140,8 @@ def _page(views: list[RunView], figures: list[Figure]) -> bytes:
     import jinja2
     from markupsafe import Markup
 
+    from harness.report.figures import swatch
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -161,11 +161,13 @@ def _page(views: list[RunView], figures: list[Figure]) -> bytes:
         views=views,
         single=single,
         title=single.run.name if single else f"{len(views)} runs compared",
-        subject=describe(single.run) if single else "; ".join(sorted({describe(r) for r in runs})),
+        subject=fields.clean("; ".join(sorted({describe(run) for run in runs}))),
         sentences=answer(single.run, single.numbers)
         if single
         else compare(runs, [view.numbers for view in views]),
         describe=describe,
+        swatch=swatch,
+        tasks=len({describe(run) for run in runs}),
         metrics_step=max(map(tables.metrics_step, runs)),
     )
     return text.encode()

@@ -56,12 +56,12 @@ def words(value: Any) -> str | None:
 
 
 def instant(value: Any) -> datetime | None:
-    """A time stamp of a record; without a zone it counts as UTC."""
+    """A time stamp of a record, in UTC; without a zone it counts as UTC."""
     try:
         stamp = datetime.fromisoformat(value)
-    except (TypeError, ValueError):
+        return stamp.astimezone(UTC) if stamp.tzinfo else stamp.replace(tzinfo=UTC)
+    except (TypeError, ValueError, OverflowError):
         return None
-    return stamp if stamp.tzinfo else stamp.replace(tzinfo=UTC)
 
 
 def quantile(ordered: list[float], share: float) -> float | None:

@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from harness.report.curves import Curve, curve, extremes, means, spread, steps
 from harness.report.fields import Series, clean, count, general, number, percent
@@ -35,7 +35,7 @@ Dash = Any  # matplotlib's types of a line style differ between its releases
 # pages get the paler ones (style.css). Line styles repeat what colours say.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1b1f24")
 DASHES: tuple[Dash, ...] = (
-    *("solid", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.6, 1.2, 1.6))),
+    *((0, ()), (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.6, 1.2, 1.6))),
     *((0, (8, 3)), (0, (3, 1.2, 1.2, 1.2, 1.2, 1.2)), (0, (2.5, 2.5))),
 )
 LEGEND_RUNS = 8  # beyond this the summary table is the legend
@@ -95,9 +95,9 @@ class Line:
 
     curve: Curve
     colour: str
-    dash: Dash = "solid"
+    dash: Dash = DASHES[0]
     label: str | None = None
-    staircase: bool = False
+    staircase: bool = False  # a value holds back to the point before it, as in a window
     marker: str | None = None
     width: float = 1.7
 
@@ -125,6 +125,13 @@ def draw_all(runs: list[Run], summaries: list[Summary]) -> list[Figure]:
         mpl.rcdefaults()
         mpl.rcParams.update(_SETTINGS)
         return [_render(drawing, runs) for drawing in drawings]
+
+
+def swatch(run: Run) -> dict[str, str]:
+    """A run's line as SVG attributes, for the table of runs."""
+    colour, (_, pattern) = look(run)
+    dashes = " ".join(f"{1.7 * part:.1f}" for part in pattern)
+    return {"stroke": _STAND_INS[colour][0], "dashes": dashes or "none"}
 
 
 def look(run: Run) -> tuple[str, Dash]:
@@ -253,8 +260,8 @@ def _render(drawing: Drawing, runs: list[Run]) -> Figure:
     lines = [line for line in drawing.lines if line.curve.x]
     if not lines:
         return Figure(drawing.key, drawing.title, drawing.absent)
-    labelled = [line for line in lines if line.label and len(lines) > 1]
-    rows = math.ceil(len(labelled) / 2) if len(labelled) <= 2 * LEGEND_RUNS else 0
+    labelled = [line for line in lines if line.label] if len(lines) > 1 else []
+    rows = math.ceil(len(runs) / 2) if 1 < len(runs) <= LEGEND_RUNS else 0
     canvas = Canvas(figsize=(460 / 72, (262 + 17 * rows) / 72), layout="constrained")
     FigureCanvasSVG(canvas)
     axes = canvas.add_subplot()
@@ -263,14 +270,16 @@ def _render(drawing: Drawing, runs: list[Run]) -> Figure:
     axes.set_title(drawing.axis, loc="left")
     _samples_axis(axes)
     drawing.arrange(axes, lines)
-    marked = _mark_stages(axes, runs[0]) if len(runs) == 1 else ""
-    if rows and len(runs) <= LEGEND_RUNS:
-        _legend(canvas, labelled)
+    notes = _mark_stages(axes, runs[0]) if len(runs) == 1 else ""
+    if labelled and len(runs) <= LEGEND_RUNS:
+        _legend(canvas, axes, labelled, above=len(runs) > 1)
+    elif labelled:
+        notes += " Lines as in the table of runs."
     out = io.BytesIO()
     canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     inline, file = _finish(out.getvalue(), drawing, _describe(drawing, lines))
     return Figure(
-        drawing.key, drawing.title, drawing.caption + _thinning(lines) + marked, inline, file
+        drawing.key, drawing.title, drawing.caption + _thinning(lines) + notes, inline, file
     )
 
 
@@ -282,7 +291,7 @@ def _plot(axes: Axes, line: Line) -> None:
         color=line.colour,
         linestyle=line.dash,
         linewidth=line.width,
-        drawstyle="steps-post" if line.staircase else "default",
+        drawstyle="steps-pre" if line.staircase else "default",
         marker=line.marker or ("o" if len(shape.x) == 1 else ""),
         markersize=3.5,
     )
@@ -290,13 +299,20 @@ def _plot(axes: Axes, line: Line) -> None:
         axes.fill_between(shape.x, shape.low, shape.high, color=line.colour, alpha=0.2, lw=0)
 
 
-def _legend(canvas: Canvas, lines: list[Line]) -> None:
+def _legend(canvas: Canvas, axes: Axes, lines: list[Line], above: bool) -> None:
+    """Names of runs in rows above the title; the two lines of a single run beside it."""
     handles = [
         Line2D([], [], color=line.colour, linestyle=line.dash, marker=line.marker or "", ms=3.5)
         for line in lines
     ]
     names = [clean(line.label, 26) for line in lines]
-    canvas.legend(handles, names, loc="outside upper left", ncols=2, columnspacing=1.4)
+    if above:
+        canvas.legend(handles, names, loc="outside upper left", ncols=2, columnspacing=1.4)
+    else:
+        axes.legend(
+            handles, names, loc="lower right", bbox_to_anchor=(1, 1), ncols=2,
+            borderaxespad=0.2, borderpad=0.2, columnspacing=1.2,
+        )  # fmt: skip
 
 
 def _mark_stages(axes: Axes, run: Run) -> str:
@@ -368,6 +384,8 @@ def _loss_axis(axes: Axes, lines: list[Line]) -> None:
     lowest, highest = spread([line.curve for line in lines]) or (0.0, 1.0)
     if lowest > 0 and highest / lowest > 50:
         axes.set_yscale("log")
+        wide = highest / lowest > 1e4
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 3.0)))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_title("Loss, nats (log scale)", loc="left")

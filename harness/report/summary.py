@@ -211,11 +211,12 @@ def _result_sentence(run: Run, numbers: Summary) -> str:
     state = {
         "finished": "The run finished",
         "stopped": "The run was stopped on request",
-        "unfinished": "The run is not finished",
+        "unfinished": "The run has not finished",
     }.get(run.status, "How far the run went is not recorded")
     seen, epochs = numbers.of("samples_seen"), numbers.of("epochs")
     if seen is not None:
-        state += f" after {count(seen)} samples"
+        state += " and stands at" if run.status == "unfinished" else " after"
+        state += f" {count(seen)} samples"
         state += f" ({general(epochs)} epochs)" if epochs is not None else ""
     final, best = numbers.of("final_test_accuracy"), numbers.of("best_test_accuracy")
     if final is None:
@@ -253,28 +254,30 @@ def _throughput_sentence(numbers: Summary) -> str:
         return "No throughput can be given: no window after the warm-up has one."
     low, high = numbers.of("images_per_sec_p10"), numbers.of("images_per_sec_p90")
     spread = f"10th to 90th percentile {general(low)} to {general(high)}"
+    mixed = numbers.of("ranks_first") != numbers.of("ranks_largest")
     return (
         f"The median throughput was {general(median)} images/s ({spread}) over "
-        f"{plural(windows, 'logging window')}, the first of each attempt left out as warm-up."
+        f"{plural(windows, 'logging window')}, the first of each attempt left out as warm-up"
+        + (
+            "; this takes all rank counts together, the stage table has them apart."
+            if mixed
+            else "."
+        )
     )
 
 
 def _time_sentence(run: Run, numbers: Summary) -> str:
     wall = numbers.of("wall_seconds")
-    upto = "end" if run.status == "finished" else "last event"
-    time = (
-        f"From the first start to the {upto} took {duration(wall)}"
-        if wall is not None
-        else "The wall time is not recorded"
-    )
     first, top = numbers.of("ranks_first"), numbers.of("ranks_largest")
     if first is None:
-        ranks = "on an unknown number of ranks"
-    elif first == top:
-        ranks = f"on {plural(top, 'rank')}"
+        ranks = "an unknown number of ranks"
     else:
-        ranks = f"on {count(first)} to {plural(top, 'rank')}"
-    return f"{time}, {ranks}, {_restarts(numbers)}."
+        ranks = plural(top, "rank") if first == top else f"{count(first)} to {plural(top, 'rank')}"
+    if wall is None:
+        return f"It ran on {ranks}, {_restarts(numbers)}; the wall time is not known."
+    upto = "end" if run.status == "finished" else "last event"
+    time = f"From the first start to the {upto} took {duration(wall)}"
+    return f"{time} on {ranks}, {_restarts(numbers)}."
 
 
 def _restarts(numbers: Summary) -> str:

@@ -16,7 +16,18 @@ from itertools import islice, pairwise
 from typing import Any
 
 from harness.records import Record
-from harness.report.fields import clean, count, duration, number, percent, pick, quantile, words
+from harness.report.fields import (
+    clean,
+    count,
+    duration,
+    instant,
+    number,
+    percent,
+    pick,
+    plural,
+    quantile,
+    words,
+)
 from harness.report.runs import Evaluation, Run
 
 # metrics.csv holds at most this many lines; of a longer run every k-th, and the page says so.
@@ -137,12 +148,13 @@ def _reached(
     def measured(name: str) -> float | None:
         return next((v for record in sources if (v := number(record.get(name))) is not None), None)
 
+    begin = number(first.get("epoch")) if events else _epoch_before(run, windows)
     following = number(pick(next_events[0], "epoch")) if next_events else None
     return Stage(
         stage=stage,
         reached=True,
         segment=number(plan.get("segment")),
-        start_epoch=number(first.get("epoch")),
+        start_epoch=begin,
         end_epoch=following if following is not None else number(lines[-1].get("epoch")),
         start_samples=number(first.get("samples_seen")),
         global_batch=measured("global_batch"),
@@ -157,6 +169,11 @@ def _reached(
         images_per_sec_median=_median_rate(run, windows),
         reason=words(first.get("reason")),
     )
+
+
+def _epoch_before(run: Run, windows: list[int]) -> float | None:
+    """The epoch of the window before a stage whose begin was not recorded."""
+    return run.columns["epoch"][windows[0] - 1] if windows and windows[0] else None
 
 
 def _updates_done(run: Run, windows: list[int]) -> float | None:
@@ -199,7 +216,7 @@ def event_rows(run: Run) -> list[EventRow]:
         first = first and kind not in ("start", "resume")
         rows.append(
             EventRow(
-                time=words(event.get("time")),
+                time=_moment(event.get("time")),
                 update=number(event.get("update")),
                 samples_seen=number(event.get("samples_seen")),
                 tone=tone,
@@ -209,20 +226,26 @@ def event_rows(run: Run) -> list[EventRow]:
     return rows
 
 
+def _moment(value: Any) -> str | None:
+    """A time stamp to the second in UTC; one that cannot be read stays as it is."""
+    stamp = instant(value)
+    return f"{stamp:%Y-%m-%d %H:%M:%S}" if stamp else words(value)
+
+
 def _get(event: Record, key: str) -> str:
     value = event.get(key)
     return count(number(value)) if not isinstance(value, str) else clean(value)
 
 
 def _tell_start(event: Record) -> str:
-    return f"Attempt {_get(event, 'attempt')} started on {_get(event, 'ranks')} ranks"
+    ranks = plural(number(event.get("ranks")), "rank")
+    return f"Attempt {_get(event, 'attempt')} started on {ranks}"
 
 
 def _tell_resume(event: Record) -> str:
-    return (
-        f"Attempt {_get(event, 'attempt')} resumed on {_get(event, 'ranks')} ranks "
-        f"from {_get(event, 'checkpoint')}"
-    )
+    ranks = plural(number(event.get("ranks")), "rank")
+    where = _get(event, "checkpoint")
+    return f"Attempt {_get(event, 'attempt')} resumed on {ranks} from {where}"
 
 
 def _tell_stage(event: Record) -> str:

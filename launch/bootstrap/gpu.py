@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -46,9 +47,11 @@ def find_gpu(torch: Torch, site_packages: Path, environ: Mapping[str, str]) -> G
     if nccl is None:
         note = "CUDA was found, but no NCCL (nccl.h, libnccl): GPU tensors travel through the host"
         return Gpu(options, f"CUDA {home}", note)
-    options = {"HOROVOD_GPU_OPERATIONS": "NCCL"} | options | {"HOROVOD_NCCL_HOME": str(nccl)}
+    options = {"HOROVOD_GPU_OPERATIONS": "NCCL"} | options
     nvcc = output_of([Path(home) / "bin/nvcc", "--version"])
-    return Gpu(options, f"{sorted(options.items())}\n{nvcc}\n{nccl_version(nccl)}")
+    place = "PyPI" if nccl.is_relative_to(site_packages) else nccl  # the same for all checkouts
+    identity = f"{sorted(options.items())}\n{nvcc}\n{place} {nccl_version(nccl)}"
+    return Gpu(options | {"HOROVOD_NCCL_HOME": str(nccl)}, identity)
 
 
 def _home_of_nvcc(environ: Mapping[str, str]) -> str | None:
@@ -58,11 +61,8 @@ def _home_of_nvcc(environ: Mapping[str, str]) -> str | None:
 
 def find_nccl(prefixes: Iterable[Path]) -> Path | None:
     """torch's own NCCL comes before the system's: two copies in one process do not get on."""
-    return next((prefix for prefix in prefixes if _header(prefix) and nccl_library(prefix)), None)
-
-
-def _header(prefix: Path) -> Path | None:
-    return next((path for path in [prefix / "include/nccl.h"] if path.exists()), None)
+    found = (p for p in prefixes if (p / "include/nccl.h").exists() and nccl_library(p))
+    return next(found, None)
 
 
 def nccl_library(prefix: Path) -> Path | None:
@@ -71,9 +71,8 @@ def nccl_library(prefix: Path) -> Path | None:
 
 
 def nccl_version(prefix: Path) -> str:
-    header = _header(prefix)
-    lines = header.read_text(encoding="utf-8", errors="replace").splitlines() if header else []
-    return "\n".join(line for line in lines if line.startswith("#define NCCL_VERSION_CODE"))
+    header = (prefix / "include/nccl.h").read_text(encoding="utf-8", errors="replace")
+    return "".join(re.findall(r"#define NCCL_VERSION_CODE.*", header))
 
 
 def link_nccl(prefix: Path, target: Path) -> dict[str, str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
-import os
 import re
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,8 +34,8 @@ REASONS = (
         "the package index cannot be reached (no network?)",
     ),
     (
-        r"No matching distribution found for (\S+)",
-        "the package index offers no version that fits this Python and machine",
+        r"(?:No matching distribution found for|user requested \(constraint\)) (\S+)",
+        "no package index that pip can reach has {} for this Python and machine",
     ),
     (r"unrecognized (command[- ]line )?option .-std=", "the C++ compiler is too old"),
     (r"externally-managed-environment", "this Python is managed by the system; use a venv"),
@@ -44,7 +46,7 @@ def explain(output: str) -> str:
     """The missing thing that the output of a failed command names, else its last error line."""
     for pattern, reason in REASONS:
         if found := re.search(pattern, output, re.IGNORECASE):
-            return f"{reason}: {found.group(1)}" if "(\\S+)" in pattern else reason
+            return reason.format(*found.groups())
     lines = [line.strip() for line in output.splitlines() if re.search(r"error", line, re.I)]
     return lines[-1] if lines else "it gave no reason"
 
@@ -66,7 +68,6 @@ def run_logged(
     with log.open("a", encoding="utf-8", errors="replace") as out:
         out.write(f"\n$ {' '.join(words)}\n")
         out.flush()
-        # Inherited descriptors keep the lock for as long as the child outlives a killed set-up.
         with subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
@@ -75,7 +76,7 @@ def run_logged(
             env=env,
             text=True,
             errors="replace",
-            close_fds=False,
+            preexec_fn=_end_with_parent,
         ) as child:
             for line in child.stdout or ():
                 out.write(line)
@@ -84,6 +85,13 @@ def run_logged(
     on_end()
     if child.returncode:
         raise BootstrapError(f"{explain(''.join(seen))}\nThe whole output is in {log}")
+
+
+def _end_with_parent() -> None:
+    """A set-up that is killed takes pip with it, and so its compilers (Linux only)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def output_of(command: Sequence[str | Path]) -> str:
@@ -107,7 +115,6 @@ def locked(path: Path, console: Console) -> Iterator[None]:
     """Wait for any other set-up that holds this lock file; the lock dies with its processes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="ascii") as handle:
-        os.set_inheritable(handle.fileno(), True)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -34,7 +34,7 @@ class Pip:
             [self.python, "-m", "pip", *arguments],
             self.log,
             env=os.environ | PIP_ENVIRONMENT,
-            on_line=lambda line: step.detail(line.strip()) if line[:1].isupper() else None,
+            on_line=lambda line: None if line.startswith("WARNING") else step.detail(line.strip()),
             on_end=lambda: self.marker.unlink() if self.marker else None,
         )
 
@@ -121,7 +121,9 @@ class Setup:
                 if entry.name != ".harness-lock":
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             self.cut_short.touch()
-            run_logged([sys.executable, "-m", "venv", self.venv], self.log)
+            # Not sys.executable: that may be in the very folder that was just emptied.
+            base = getattr(sys, "_base_executable", None) or sys.executable
+            run_logged([base, "-m", "venv", self.venv], self.log)
             self.cut_short.unlink()
 
     def _torch(self, pip: Pip) -> None:
