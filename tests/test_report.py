@@ -28,6 +28,7 @@ from harness.records import encode
 from harness.report import build_report
 from harness.report.curves import Curve, extremes, means, steps
 from harness.report.fields import clean, duration, general, number, quantile, scrub
+from harness.report.summary import updates_at_batch
 
 SIZE = 1437
 FIGURES = ("accuracy", "loss", "global-batch", "updates", "learning-rate", "images-per-second")
@@ -311,6 +312,22 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 # ---------------------------------------------------------------- numbers
 
 
+def count_updates(batch: int, samples: int, size: int) -> int:
+    """One update after the other; the last of an epoch takes what the epoch has left."""
+    seen = updates = 0
+    while seen < samples:
+        seen += min(batch, size - seen % size) if batch <= size else batch
+        updates += 1
+    return updates
+
+
+@given(st.integers(1, 300), st.integers(0, 2000), st.integers(1, 400))
+def test_updates_at_a_batch_are_those_of_a_loop(batch: int, samples: int, size: int) -> None:
+    assert updates_at_batch(batch, samples, size, "short") == count_updates(batch, samples, size)
+    assert updates_at_batch(batch, samples, size, "carry") == -(-samples // batch)
+    assert updates_at_batch(batch, samples, None, "short") is None
+
+
 def test_every_number_equals_an_independent_computation(tmp_path: Path) -> None:
     run = Simulation().run()
     index = build_report([run.write(tmp_path / "run")])
@@ -330,8 +347,8 @@ def test_every_number_equals_an_independent_computation(tmp_path: Path) -> None:
         "updates": run.update,
         "initial_batch": 64,
         "largest_batch": 1024,
-        "updates_at_initial_batch": math.ceil(run.samples / 64),
-        "updates_share_of_initial_batch": run.update / math.ceil(run.samples / 64),
+        "updates_at_initial_batch": count_updates(64, run.samples, SIZE),
+        "updates_share_of_initial_batch": run.update / count_updates(64, run.samples, SIZE),
         "final_training_loss": run.metrics[-1]["loss"],
         "evaluations": len(evaluations),
         "final_test_accuracy": evaluations[-1]["accuracy"],

@@ -209,10 +209,9 @@ def _batch(runs: list[Run], summaries: list[Summary]) -> Drawing:
 def _updates(runs: list[Run], summaries: list[Summary]) -> Drawing:
     lines = _per_run(runs, "update", extremes)
     caption = "Optimizer updates made so far."
-    initial = summaries[0].of("initial_batch")
-    if len(runs) == 1 and lines and initial:
-        end = lines[0].curve.x[-1]
-        reference = Curve([0.0, end], [0.0, end / initial])
+    initial, fixed = (summaries[0].of(n) for n in ("initial_batch", "updates_at_initial_batch"))
+    if len(runs) == 1 and lines and fixed:
+        reference = Curve([0.0, max(lines[0].curve.x)], [0.0, fixed])
         label = f"batch {count(initial)} throughout"
         lines = [Line(lines[0].curve, lines[0].colour, label="this run")]
         lines.append(Line(reference, _series(1), DASHES[1], label))

@@ -26,6 +26,7 @@ from harness.report.fields import (
     quantile,
 )
 from harness.report.runs import Evaluation, Run
+from harness.schedule.clock import Clock, Limit, updates_until
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ def _progress(run: Run) -> Iterator[Number]:
     samples, updates = largest(run.columns["samples_seen"]), largest(run.columns["update"])
     totals: Any = pick(run.records.plan, "totals")
     initial = number(run.config("batch", "initial"))
-    fixed = math.ceil(samples / initial) if samples is not None and initial else None
-    share = updates / fixed if updates is not None and fixed else None
     planned = number(pick(totals, "samples"))
     size = number(pick(totals, "dataset_size"))
+    fixed = updates_at_batch(initial, samples, size, run.config("batch", "epoch_end"))
+    share = updates / fixed if updates is not None and fixed else None
     metrics = "metrics.jsonl: "
     yield Number("samples_seen", samples, "samples", metrics + "largest samples_seen")
     yield Number("samples_planned", planned, "samples", "plan.json: totals.samples")
@@ -77,7 +78,7 @@ def _progress(run: Run) -> Iterator[Number]:
     yield Number("initial_batch", initial, "samples", "config.yaml: batch.initial")
     batch = largest(run.columns["global_batch"])
     yield Number("largest_batch", batch, "samples", metrics + "largest global_batch")
-    source = "samples_seen / initial_batch, rounded up"
+    source = "samples_seen cut into updates of initial_batch, as batch.epoch_end says (config.yaml)"
     yield Number("updates_at_initial_batch", fixed, "updates", source)
     source = "updates / updates_at_initial_batch"
     yield Number("updates_share_of_initial_batch", share, "fraction", source)
@@ -85,6 +86,24 @@ def _progress(run: Run) -> Iterator[Number]:
     yield Number(
         "final_training_loss", loss, "nats", metrics + "loss of the last line that has one"
     )
+
+
+def updates_at_batch(
+    batch: float | None, samples: float | None, size: float | None, epoch_end: Any
+) -> int | None:
+    """Updates of one global batch for so many samples; None if the records do not tell.
+
+    The size of the data set matters unless updates run on over the end of an epoch.
+    """
+    short = epoch_end != "carry"
+    if batch is None or samples is None or batch < 1 or samples < 0:
+        return None
+    if not short:
+        return math.ceil(samples / batch)
+    if size is None or size < 1:
+        return None
+    clock = Clock(samples=0, updates=0, dataset_size=int(size))
+    return updates_until(clock, int(batch), Limit(samples=int(samples)), "short")
 
 
 def _accuracy(run: Run) -> Iterator[Number]:
@@ -236,8 +255,9 @@ def _updates_sentence(numbers: Summary) -> str:
     initial, top = numbers.of("initial_batch"), numbers.of("largest_batch")
     if done is None:
         return "The number of updates is not recorded."
-    if fixed is None or initial is None:
-        return f"It took {plural(done, 'update')}; the initial batch is not recorded."
+    if not fixed or initial is None:
+        unknown = "how many the initial batch would have needed is not known"
+        return f"It took {plural(done, 'update')}; {unknown}."
     ratio = done / fixed
     change = f"{abs(1 - ratio):.0%} {'fewer' if ratio < 1 else 'more'}"
     compared = "as many" if done == fixed else change.replace("%", "\N{NO-BREAK SPACE}%")

@@ -244,7 +244,7 @@ def _tell_start(event: Record) -> str:
 
 def _tell_resume(event: Record) -> str:
     ranks = plural(number(event.get("ranks")), "rank")
-    where = _get(event, "checkpoint")
+    where = words(event.get("checkpoint")) or "the beginning (no checkpoint)"
     return f"Attempt {_get(event, 'attempt')} resumed on {ranks} from {where}"
 
 
@@ -307,7 +307,8 @@ def _leaves(value: Any, name: str, depth: int) -> Iterator[tuple[str, str]]:
             )
     elif isinstance(value, list | tuple) and value and nested:
         if all(isinstance(entry, str | int | float | None) for entry in value):
-            yield name, clean(", ".join(clean(entry, 100) for entry in islice(value, 100)))
+            between = " " if name.endswith(("command", "argv")) else ", "
+            yield name, clean(between.join(clean(entry, 100) for entry in islice(value, 100)))
         else:
             for place, entry in enumerate(value):
                 yield from _leaves(entry, f"{name}[{place}]", depth + 1)
