@@ -7,12 +7,12 @@ not a fraction or a boolean; no number is infinite or NaN.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -25,7 +25,15 @@ from pydantic import (
 
 from harness.errors import ConfigError
 from harness.units import Duration
-from harness.yamlfile import Document, Path_, parse_yaml, read_yaml
+from harness.yamlfile import (
+    Document,
+    Path_,
+    dump_yaml,
+    one_line,
+    parse_yaml,
+    read_yaml,
+    shown,
+)
 
 
 class Section(BaseModel):
@@ -225,7 +233,7 @@ class Train(Section):
     """Time between evaluations on the test set; null: only at the end."""
     checkpoint_every: Length | None = Duration.parse("1ep")
     """Time between checkpoints; null: only at the end and on a stop request."""
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 3
+    keep_checkpoints: Annotated[int, Field(ge=2, le=2**53)] = 3
     """How many of the newest checkpoints stay on disk; at least 2, so one may be broken."""
     log_every: Count = 10
     """Updates in one line of metrics.jsonl."""
@@ -295,11 +303,14 @@ def check_shares(config: Config, ranks: int) -> None:
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file, what it ``extends``, and ``KEY=VALUE`` overrides.
 
-    Raises ConfigError with every problem found, each with its place.
+    Raises ConfigError with every problem found, each on a line of its own with its place.
     """
     document = _read_extended(path, ())
+    # Together, so that their order does not matter: growth.every may stand before growth.policy.
+    overriding = Document({})
     for override in overrides:
-        _merge(document, _parse_override(override), ())
+        _merge(overriding, _parse_override(override))
+    _merge(document, overriding)
     try:
         return Config.model_validate(document.data)
     except ValidationError as error:
@@ -308,89 +319,125 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that ``load_config`` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _read_extended(path: Path, chain: tuple[Path, ...]) -> Document:
-    resolved = path.resolve()
+    try:
+        resolved = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{one_line(str(path))}: cannot be read: {error}") from None
     if resolved in chain:
-        cycle = " → ".join(p.name for p in (*chain, resolved))
+        cycle = " → ".join(p.name for p in (*chain[chain.index(resolved) :], resolved))
         raise ConfigError(f"{path}: extends goes in a circle: {cycle}")
+    if len(chain) > _MAX_CHAIN:
+        raise ConfigError(f"{path}: extends is more than {_MAX_CHAIN} files deep")
     document = read_yaml(path)
     if not isinstance(document.data, dict):
-        found = "empty" if document.data is None else f"a {type(document.data).__name__}"
-        raise ConfigError(f"{path}: a configuration is a mapping of keys, but this is {found}")
+        found = "the file is empty" if document.data is None else f"found {shown(document.data)}"
+        raise ConfigError(f"{path}: a configuration is a mapping of keys, but {found}")
     bases = document.data.pop("extends", None)
     if bases is None:
         return document
+    place = document.places[("extends",)]
     names = bases if isinstance(bases, list) else [bases]
     if not names or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{path}: extends takes the name of a YAML file, or a list of names")
+        raise ConfigError(
+            f"{place}: extends: must be the name of a YAML file or a list of names, "
+            f"not {shown(bases)}"
+        )
     merged = Document({})
     for name in names:
-        _merge(merged, _read_extended(path.parent / name, (*chain, resolved)), ())
-    _merge(merged, document, ())
+        base = path.parent / name
+        if not os.path.exists(base):  # Path.exists raises for names that no file can have
+            raise ConfigError(f"{place}: extends: no such file: {one_line(str(base), 300)}")
+        _merge(merged, _read_extended(base, (*chain, resolved)))
+    _merge(merged, document)
     return merged
+
+
+_MAX_CHAIN = 20
 
 
 def _parse_override(text: str) -> Document:
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(part.isidentifier() for part in parts):
-        raise ConfigError(f"{text!r} is not an override; write KEY=VALUE such as batch.initial=128")
-    document = parse_yaml(value, f"override {text!r}")
+        raise ConfigError(
+            f"{shown(text)} is not an override; write KEY=VALUE such as batch.initial=128"
+        )
+    if parts[0] == "extends":
+        raise ConfigError(f"{shown(text)}: extends can stand in a file only, not in an override")
+    place = f"override {shown(text)}"
+    document = parse_yaml(value, place, lines=False)
     data = document.data
     for part in reversed(parts):
         data = {part: data}
-    place = f"override {text!r}"
     places: dict[Path_, str] = {tuple(parts[:i]): place for i in range(1, len(parts) + 1)}
     places |= {(*parts, *inner): place for inner in document.places}
     return Document(data, places)
 
 
-# A mapping that names its kind anew replaces the one below it: keys of a geometric growth mean
-# nothing to a fixed one.
+# A mapping that names another kind than the one below it replaces it: keys of a geometric growth
+# mean nothing to a fixed one.
 _KINDS = ("policy", "kind")
 
 
-def _merge(base: Document, over: Document, path: Path_) -> None:
+def _merge(base: Document, over: Document) -> None:
     """Lay ``over`` on ``base``: mappings merge key by key, everything else is replaced."""
-    base.data = _merged(base.data, over.data)
+    replaced: set[Path_] = set()
+    base.data = _merged(base.data, over.data, (), replaced)
+    stale = [
+        place
+        for place in base.places
+        if any(place[:end] in replaced for end in range(len(place) + 1))
+    ]
+    for place in stale:
+        del base.places[place]
     base.places |= over.places
 
 
-def _merged(base: Any, over: Any) -> Any:
-    if not (isinstance(base, dict) and isinstance(over, dict)):
+def _merged(base: Any, over: Any, path: Path_, replaced: set[Path_]) -> Any:
+    if not (isinstance(base, dict) and isinstance(over, dict)) or any(
+        key in base and key in over and base[key] != over[key] for key in _KINDS
+    ):
+        replaced.add(path)
         return over
-    if any(key in over and over[key] != base.get(key) for key in _KINDS):
-        return over
-    return base | {key: _merged(base.get(key), value) for key, value in over.items()}
+    return base | {
+        key: _merged(base[key], value, (*path, key), replaced) if key in base else value
+        for key, value in over.items()
+    }
 
 
 def _explain(error: ValidationError, document: Document, path: Path) -> str:
     lines = []
     for problem in error.errors(include_url=False):
-        loc = _data_path(problem["loc"], document.data)
-        key = ".".join(map(str, loc))
-        sentence = _sentence(problem, key, loc)
-        named = re.match(r"[a-z_]+(\.[a-z_]+)+", sentence)
-        place = _nearest(document, loc or tuple(named[0].split(".") if named else ()))
+        loc, sections = _locate(problem["loc"])
+        sentence = _sentence(problem, loc, sections)
+        named = _NAMED_KEY.match(sentence)
+        key = tuple(named[0].split(".")) if named else loc
+        place = _nearest(document, key if key[: len(loc)] == loc else loc)
         lines.append(f"{place or path}: {sentence}")
     return "\n".join(dict.fromkeys(lines))
 
 
-def _data_path(loc: tuple[int | str, ...], data: Any) -> Path_:
-    """Pydantic's location without the tags of unions, which are no keys of the file."""
+_NAMED_KEY = re.compile(r"[a-z_]+(\.[a-z_]+)+(?=[ :])")
+
+
+def _locate(loc: tuple[int | str, ...]) -> tuple[Path_, list[type[BaseModel]]]:
+    """Pydantic's location as the file has it, without the tags of unions, and the sections that may
+    stand there: none for a plain value, several for a union whose tag is not known."""
     path: list[int | str] = []
-    for i, part in enumerate(loc):
-        inside = isinstance(data, dict) and part in data
-        if inside or i == len(loc) - 1 or not isinstance(data, dict):
-            path.append(part)
-            data = data[part] if inside else None
-        elif part not in {data.get(kind) for kind in _KINDS}:
-            path.append(part)
-            data = None
-    return tuple(path)
+    models: list[type[BaseModel]] = [Config]
+    for part in loc:
+        tagged = [model for model in models if len(models) > 1 and part in _own_tags(model)]
+        if tagged:
+            models = tagged
+            continue
+        path.append(part)
+        fields = [model.model_fields.get(str(part)) for model in models]
+        models = [model for field in fields if field for model in _sections(field.annotation)]
+    return tuple(path), models
 
 
 def _nearest(document: Document, loc: Path_) -> str | None:
@@ -400,60 +447,61 @@ def _nearest(document: Document, loc: Path_) -> str | None:
     return None
 
 
-def _sentence(problem: Any, key: str, loc: Path_) -> str:
-    kind, message, value = problem["type"], problem["msg"], problem["input"]
+# What pydantic calls a problem → what the value must be.
+_RULES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "string_unicode": "text without lone surrogates",
+    "string_too_short": "text of at least {min_length} character",
+    "string_too_long": "text of at most {max_length} characters",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+    "literal_error": "{expected}",
+    "model_type": "a mapping of keys",
+    "model_attributes_type": "a mapping of keys",
+}
+
+
+def _sentence(problem: Any, loc: Path_, sections: list[type[BaseModel]]) -> str:
+    kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
+    key = one_line(".".join(map(str, loc)))
     if kind == "extra_forbidden":
-        valid = _valid_keys(problem["loc"][:-1])
+        valid = _valid_keys(_locate(problem["loc"][:-1])[1])
         near = difflib.get_close_matches(str(loc[-1]), valid, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return f"{key}: unknown key; {hint}valid here: {', '.join(valid)}"
     if kind == "missing":
         return f"{key}: missing, but needed"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tag = problem["ctx"]["discriminator"].strip("'")
-        expected = problem["ctx"].get("expected_tags")
-        valid = expected or ", ".join(repr(t) for t in _tags(problem["loc"]))
-        found = problem["ctx"].get("tag")
-        return f"{key}.{tag}: " + (
-            f"{found!r} is not one of {valid}" if found else f"missing; valid are {valid}"
-        )
+        tag, valid_tags = context["discriminator"].strip("'"), _valid_tags(sections)
+        if kind == "union_tag_not_found" and tag not in value:
+            return f"{key}.{tag}: missing, but needed; valid are {valid_tags}"
+        return f"{key}.{tag}: must be one of {valid_tags}, not {shown(value[tag])}"
     if kind == "value_error":
-        message = str(problem["ctx"]["error"])
-        return message if message.startswith(f"{key}.") or not key else _with_key(key, message)
-    if kind == "model_type":
-        return f"{key or 'the file'}: must be a mapping of keys, not {value!r}"
-    return f"{key}: {value!r} is not valid: {message[0].lower()}{message[1:]}"
+        message = str(context["error"])
+        return message if _NAMED_KEY.match(message) else f"{key}: {message}"
+    if kind in _RULES:
+        quote = kind == "string_type" and isinstance(value, bool | int | float)
+        hint = "; put it in quotes" if quote else ""
+        limits = {k: f"{v:g}" if isinstance(v, float) else v for k, v in context.items()}
+        return f"{key}: must be {_RULES[kind].format(**limits)}, not {shown(value)}{hint}"
+    message = one_line(problem["msg"])
+    return f"{key}: {shown(value)} is not valid: {message[0].lower()}{message[1:]}"
 
 
-def _with_key(key: str, message: str) -> str:
-    return message if message.startswith(key) or " = " in message else f"{key}: {message}"
+def _valid_keys(sections: list[type[BaseModel]]) -> list[str]:
+    names = [name for section in sections[:1] for name in section.model_fields]
+    return [*names, "extends"] if sections == [Config] else names
 
 
-def _valid_keys(loc: tuple[int | str, ...]) -> list[str]:
-    models = _models_at(loc)
-    return [name for model in models[:1] for name in model.model_fields]
-
-
-def _tags(loc: tuple[int | str, ...]) -> list[str]:
-    return [
-        get_args(model.model_fields[kind].annotation)[0]
-        for model in _models_at(loc)
-        for kind in _KINDS
-        if kind in model.model_fields
-    ]
-
-
-def _models_at(loc: tuple[int | str, ...]) -> list[type[BaseModel]]:
-    """The sections that may stand at a location; one, unless it is a union without its tag."""
-    models: list[type[BaseModel]] = [Config]
-    for part in loc:
-        tagged = [m for m in models if len(models) > 1 and part in _own_tags(m)]
-        if tagged:
-            models = tagged
-            continue
-        found = [m.model_fields[str(part)].annotation for m in models if part in m.model_fields]
-        models = [model for annotation in found for model in _sections(annotation)]
-    return models
+def _valid_tags(sections: list[type[BaseModel]]) -> str:
+    return ", ".join(str(tag) for section in sections for tag in _own_tags(section))
 
 
 def _own_tags(model: type[BaseModel]) -> tuple[Any, ...]:

@@ -50,5 +50,9 @@ class RankFailure(HarnessError):  # noqa: N818 - an event of the job, named as t
     pass
 
 
+class PeerLost(RankFailure):
+    pass
+
+
 class StoppedEarly(HarnessError):  # noqa: N818
     exit_code = 75

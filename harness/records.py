@@ -92,11 +92,18 @@ class RunDirectory:
 
     def check_usable(self, resume: bool) -> None:
         """Raise RunDirectoryError unless a run may start here (or go on, with ``resume``)."""
+        try:
+            self._check_usable(resume)
+        except OSError as error:  # a name that is too long, a folder that may not be searched
+            raise RunDirectoryError(f"{self.path}: cannot be used: {error.strerror}") from None
+
+    def _check_usable(self, resume: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise RunDirectoryError(f"{self.path} is not a directory; choose another --run-dir")
         if resume and not self.config.exists():
             raise RunDirectoryError(
-                f"{self.path} holds no run to resume (no config.yaml); leave out --resume to start one"
+                f"{self.path} holds no run to resume (no config.yaml); "
+                "leave out --resume to start one"
             )
         if not resume and self.holds_run:
             raise RunDirectoryError(
@@ -116,8 +123,19 @@ class RunLock:
         self._fd: int | None = None
 
     def acquire(self, patience: float = 0.0) -> None:
-        """Take the lock; raise RunDirectoryError that names the holder after ``patience`` seconds."""
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        """Take the lock; raise RunDirectoryError with its holder after ``patience`` seconds."""
+        try:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise RunDirectoryError(f"{self._path}: cannot be opened: {error.strerror}") from None
+        try:
+            self._take(fd, patience)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fd = fd
+
+    def _take(self, fd: int, patience: float) -> None:
         deadline = time.monotonic() + patience
         while True:
             try:
@@ -128,15 +146,18 @@ class RunLock:
                     time.sleep(0.1)
                     continue
                 holder = os.pread(fd, 1000, 0).decode(errors="replace").strip() or "another process"
-                os.close(fd)
                 raise RunDirectoryError(
                     f"{self._path.parent} is in use by {holder}; wait for that run to end, "
                     "stop it, or choose another --run-dir"
                 ) from None
+            except OSError as error:
+                raise RunDirectoryError(
+                    f"{self._path}: cannot be locked: {error.strerror}; choose a --run-dir on a "
+                    "file system that has locks"
+                ) from None
         os.ftruncate(fd, 0)
         started = datetime.now(UTC).isoformat(timespec="seconds")
         os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()} since {started}\n".encode(), 0)
-        self._fd = fd
 
     def release(self) -> None:
         if self._fd is not None:
@@ -209,7 +230,7 @@ def read_jsonl(path: Path) -> Iterator[Record | None]:
         for line in lines:
             record = None
             if line.endswith(b"\n"):
-                with suppress(ValueError):
+                with suppress(ValueError, RecursionError):
                     record = json.loads(line)
             yield record if isinstance(record, dict) else None
 
@@ -244,10 +265,12 @@ def _keep_lines(path: Path, count: int) -> None:
     if not path.exists():
         return
     with path.open("rb+") as file:
+        end = 0
         for _ in range(count):
             if not file.readline().endswith(b"\n"):
                 break
-        file.truncate(file.tell())
+            end = file.tell()
+        file.truncate(end)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -311,12 +334,16 @@ def read_run(path: Path) -> RunRecords:
     )
 
 
+# What the parsers of JSON and YAML raise for text that is neither.
+_UNREADABLE = (ValueError, LookupError, AttributeError, TypeError, RecursionError)
+
+
 def _read_object(path: Path, parse: Callable[[str], Any], problems: list[str]) -> Record | None:
     try:
         value = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         problems.append(f"{path.name} is missing")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, *_UNREADABLE) as error:
         problems.append(f"{path.name} cannot be read: {type(error).__name__}")
     else:
         if isinstance(value, dict):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from dataclasses import dataclass
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from math import ceil
 from typing import Literal
 
 Unit = Literal["ep", "up", "sa"]
 
-_FORM = re.compile(r"(\d+(?:\.\d+)?)\s*(ep|up|sa)")
+_FORM = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) *(ep|up|sa)")
 VALID = "a number and its unit: 5ep (epochs), 200up (updates) or 50000sa (samples)"
 
 
@@ -31,15 +33,16 @@ class Duration:
             return text
         match = _FORM.fullmatch(text.strip()) if isinstance(text, str) else None
         if match is None:
-            raise ValueError(f"{text!r} is not a duration; write {VALID}")
+            raise ValueError(f"{reprlib.repr(text)} is not a duration; write {VALID}")
         value, unit = Fraction(match[1]), match[2]
         if unit != "ep" and value.denominator != 1:
             raise ValueError(f"{text!r}: only epochs may be fractional; write {VALID}")
         return cls(value, unit)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        number = self.value.numerator if self.value.denominator == 1 else float(self.value)
-        return f"{number}{self.unit}"
+        with localcontext(prec=40):  # all digits of what ``parse`` reads
+            number = Decimal(self.value.numerator) / self.value.denominator
+        return f"{number:f}{self.unit}"
 
     def __bool__(self) -> bool:
         return self.value > 0

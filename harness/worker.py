@@ -18,7 +18,7 @@ from harness import checkpoint, environment
 from harness.comm import Communicator, allreduce, broadcast_bytes, open_communicator
 from harness.config import Config, dump_config, load_config
 from harness.data.datasets import load
-from harness.errors import HarnessError, RunDirectoryError, StoppedEarly
+from harness.errors import HarnessError, PeerLost, RunDirectoryError, StoppedEarly
 from harness.evaluate import Evaluation
 from harness.journal import Journal
 from harness.models import build_model
@@ -114,7 +114,7 @@ def _run(config: Config, run: RunDirectory, resume: bool, comm: Communicator) ->
     stop = StopRequest(run.stop_request)
     stop.listen()
     lock = RunLock(run)
-    _together(comm, lambda: _take_directory(config, run, lock, resume) if comm.rank == 0 else None)
+    _together(comm, lambda: _take(config, run, lock, resume) if comm.rank == 0 else None)
     data = _together(
         comm, lambda: load(config.data.dataset, Path(config.data.root) if config.data.root else None)
     )
@@ -123,6 +123,8 @@ def _run(config: Config, run: RunDirectory, resume: bool, comm: Communicator) ->
     )
     resumed = _resume(run, comm) if resume else _Resumed()
     if comm.rank == 0:
+        if not resume:
+            write_atomic(run.config, dump_config(config).encode())
         rewind(run, resumed.position)
         stop.clear()
     journal = Journal(run, comm.rank == 0, config.train.keep_checkpoints, resumed.position)
@@ -142,8 +144,8 @@ def _run(config: Config, run: RunDirectory, resume: bool, comm: Communicator) ->
         journal.close()
 
 
-def _take_directory(config: Config, run: RunDirectory, lock: RunLock, resume: bool) -> None:
-    """Rank 0: check, create and lock the run directory, and write down the configuration."""
+def _take(config: Config, run: RunDirectory, lock: RunLock, resume: bool) -> None:
+    """Rank 0: check, create and lock the run directory; it holds no run yet."""
     run.check_usable(resume)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
@@ -152,8 +154,6 @@ def _take_directory(config: Config, run: RunDirectory, lock: RunLock, resume: bo
         raise RunDirectoryError(f"{run.path}: cannot be used: {error.strerror or error}") from None
     if resume:
         _check_same_run(config, run)
-    else:
-        write_atomic(run.config, dump_config(config).encode())
     checkpoint.remove_partial(run.path)
     checkpoint.remove_partial(run.checkpoints)
 
@@ -295,6 +295,7 @@ def _last_words(error: Exception, comm: Communicator | None) -> int:
         "host": environment.host(),
         "exit_code": code,
         "message": message,
+        "consequence": isinstance(error, PeerLost),
         "traceback": None if known else "".join(traceback.format_exception(error)),
     }
     write_json(where / f"rank-{rank:05d}.json", words)

@@ -16,7 +16,7 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
     hosts: list[Host] = []
     for entry in text.split(","):
         name, colon, slots = entry.strip().partition(":")
-        if not _NAME.fullmatch(name) or (colon and not re.fullmatch(r"[1-9]\d{0,5}", slots)):
+        if not _NAME.fullmatch(name) or (colon and not re.fullmatch(r"[1-9][0-9]{0,5}", slots)):
             raise LaunchError(
                 f"--hosts: {entry.strip()!r} is not a host; write names with their slots, "
                 "such as node1:4,node2:4"
@@ -42,3 +42,18 @@ def check_slots(ranks: int, hosts: tuple[Host, ...]) -> None:
             f"ranks, or name hosts with enough slots (--hosts {hosts[0].name}:{ranks} puts several "
             "ranks on a core)"
         )
+
+
+def fill(ranks: int, hosts: tuple[Host, ...]) -> tuple[Host, ...]:
+    """The hosts with just as many slots as ranks, filled in order.
+
+    Under Gloo, horovodrun makes a world of all slots, whatever number of ranks it was asked for.
+    Raises LaunchError if there are not enough slots.
+    """
+    check_slots(ranks, hosts)
+    placed: list[Host] = []
+    for host in hosts:
+        here = min(host.slots, ranks - sum(earlier.slots for earlier in placed))
+        if here:
+            placed.append(Host(host.name, here))
+    return tuple(placed)

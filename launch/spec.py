@@ -51,6 +51,8 @@ _PATTERNS = (
     re.compile(r"Process (?P<rank>\d+) exit with status code (?P<code>\d+)"),
 )
 
+_LAST_SIGNAL = 64
+
 
 def first_death(output: str) -> Death | None:
     """The first rank that a launcher's output says has died; None if it names none."""
@@ -60,6 +62,6 @@ def first_death(output: str) -> Death | None:
     found = min(matches, key=lambda match: match.start()).groupdict()
     code = int(found["code"]) if found.get("code") else None
     number = int(found["signal"]) if found.get("signal") else None
-    if code is not None and code > 128:  # the shell's way of telling a signal
-        code, number = None, code - 128
+    if code is not None and 128 < code <= 128 + _LAST_SIGNAL:  # the shell's way to tell a signal
+        number, code = code - 128, None
     return Death(int(found["rank"]), code, number, found.get("host"))

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -16,12 +17,19 @@ from typing import Literal
 
 from harness import environment
 from harness.config import Config, check_shares, load_config
-from harness.errors import ConfigError, LaunchError, RankFailure, RunDirectoryError, StoppedEarly
+from harness.errors import (
+    ConfigError,
+    LaunchError,
+    RankFailure,
+    RunDirectoryError,
+    StoppedEarly,
+    UsageError,
+)
 from harness.progress import local_display
 from harness.records import RunDirectory, check_unlocked, read_jsonl
 from launch import horovodrun, mpirun
 from launch.execute import Ended, execute
-from launch.hosts import check_slots, parse_hosts, this_host
+from launch.hosts import check_slots, fill, parse_hosts, this_host
 from launch.spec import Death, Host, LaunchSpec
 
 ARGUMENTS: dict[str, Callable[[LaunchSpec], list[str]]] = {
@@ -62,13 +70,18 @@ def run(request: RunRequest) -> int:
         settings = [f"{name}={value}" for name, value in sorted(spec.environment.items())]
         print(shlex.join(["env", *settings, *argv]))
         return 0
-    _create(directory)
+    created = _create(directory)
     print(f"harness: {ranks} ranks on {','.join(map(str, hosts))}; run directory {directory.path}")
-    while _launch(spec, argv, directory) == "grow":
-        wanted = _ranks_wanted(directory)
-        print(f"harness: going on with {wanted} ranks")
-        spec = _spec(replace(request, resume=True), config, hosts, wanted, directory)
-        argv = ARGUMENTS[request.launcher](spec)
+    try:
+        while _launch(spec, argv, directory) == "grow":
+            wanted = _ranks_wanted(directory)
+            print(f"harness: going on with {wanted} ranks")
+            spec = _spec(replace(request, resume=True), config, hosts, wanted, directory)
+            argv = ARGUMENTS[request.launcher](spec)
+    except UsageError:
+        if created and not directory.holds_run:
+            shutil.rmtree(directory.path, ignore_errors=True)
+        raise
     return _report(directory)
 
 
@@ -107,13 +120,16 @@ def _run_directory(request: RunRequest, config: Config) -> Path:
     return Path("runs") / f"{name}-{stamp}"
 
 
-def _create(directory: RunDirectory) -> None:
+def _create(directory: RunDirectory) -> bool:
+    """Make the directory if it is not there yet; whether it was not."""
+    created = not directory.path.exists()
     try:
         directory.failures.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunDirectoryError(
             f"{directory.path} cannot be created: {error.strerror}; choose another --run-dir"
         ) from None
+    return created
 
 
 def _spec(
@@ -127,11 +143,12 @@ def _spec(
     command += [*request.overrides, "--run-dir", str(directory.path.resolve())]
     if request.resume:
         command.append("--resume")
+    placed = fill(ranks, hosts)
     return LaunchSpec(
         ranks=ranks,
-        hosts=hosts,
+        hosts=placed,
         command=tuple(command),
-        environment=_variables(config, hosts, ranks, directory, grow=request.ranks is None),
+        environment=_variables(config, placed, ranks, directory, grow=request.ranks is None),
         controller=config.comm.controller,
     )
 
@@ -140,7 +157,7 @@ def _variables(
     config: Config, hosts: tuple[Host, ...], ranks: int, directory: RunDirectory, grow: bool
 ) -> dict[str, str]:
     """Settings of the ranks. What the user has set in the environment already stays."""
-    here = min(ranks, hosts[0].slots)
+    here = hosts[0].slots
     cores = environment.usable_cores()
     threads = config.ranks.threads or max(1, cores // here)
     wishes = {
@@ -191,26 +208,22 @@ def _launch(
 
 
 def _raise_words(directory: RunDirectory) -> None:
-    """Raise what the lowest rank that failed by itself has left behind."""
-    notes = []
+    """Raise what the lowest rank that failed by itself has left behind, if any did."""
     for path in sorted(directory.failures.glob("rank-*.json")):
         try:
-            notes.append(json.loads(path.read_text(encoding="utf-8")))
+            note = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-    causes = [note for note in notes if not note.get("consequence")]
-    if not causes:
-        return
-    note = causes[0]
-    error = RankFailure(f"rank {note['rank']} on {note['host']}: {note['message']}")
-    if note.get("traceback"):
-        error.add_note(note["traceback"])
-        trace = directory.failures / f"rank-{note['rank']:05d}.txt"
-        trace.write_text(note["traceback"], encoding="utf-8")
-        error = RankFailure(f"{error} (traceback in {trace})")
-    if note["exit_code"] == 2:
-        raise LaunchError(note["message"])
-    raise error
+        if note["consequence"]:
+            continue
+        if note["exit_code"] == UsageError.exit_code:
+            raise UsageError(note["message"])
+        message = f"rank {note['rank']} on {note['host']}: {note['message']}"
+        if note["traceback"]:
+            trace = path.with_suffix(".txt")
+            trace.write_text(note["traceback"], encoding="utf-8")
+            message += f" (traceback in {trace})"
+        raise RankFailure(message)
 
 
 def _obituary(ended: Ended, directory: RunDirectory) -> str:

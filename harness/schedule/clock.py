@@ -42,7 +42,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Limit:
-    """A place on the clock, given in samples or in updates: the first point at or past it counts."""
+    """A place on the clock, in samples or in updates: the first point at or past it counts."""
 
     samples: int | None = None
     updates: int | None = None

@@ -7,8 +7,9 @@ objects that need neither torch nor a configuration file.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
-from fractions import Fraction
+from decimal import ROUND_CEILING, Decimal, localcontext
 from math import ceil, log2
 from typing import Any, Protocol
 
@@ -57,11 +58,16 @@ class Geometric:
     every: Duration
 
     def asked(self, clock: Clock) -> int:
-        growths = clock.passed(self.every)
+        return self._after(clock.passed(self.every))
+
+    def _after(self, growths: int) -> int:
         if growths * log2(self.factor) + log2(self.initial) >= log2(_HUGE):
             return _HUGE
         # str() gives the decimal that the user wrote: 1.1 is 11/10 here, not its binary neighbour.
-        return ceil(self.initial * Fraction(str(self.factor)) ** growths)
+        # 100 digits hold every power whose product with the initial batch can be a whole number.
+        with localcontext(prec=100):
+            asked = self.initial * Decimal(str(self.factor)) ** growths
+            return min(_HUGE, int(asked.to_integral_value(ROUND_CEILING)))
 
     def reason(self, clock: Clock) -> str:
         growths = clock.passed(self.every)
@@ -70,9 +76,13 @@ class Geometric:
         )
 
     def next_change(self, clock: Clock) -> Limit | None:
-        if self.factor == 1 or self.asked(clock) >= _HUGE:
+        growths, asked = clock.passed(self.every), self.asked(clock)
+        if self.factor == 1 or asked >= _HUGE:
             return None
-        return Limit.multiple(self.every, clock.passed(self.every) + 1, clock.dataset_size)
+        # A factor next to 1 may take many periods to add a sample.
+        most = growths + ceil(log2(_HUGE) / log2(self.factor)) + 1
+        change = bisect_right(range(most), asked, lo=growths, key=self._after)
+        return Limit.multiple(self.every, change, clock.dataset_size)
 
 
 def growth_policy(initial: int, growth: Growth) -> GrowthPolicy:

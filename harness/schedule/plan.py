@@ -1,6 +1,6 @@
 """What a run will do, before it runs: stages, their decomposition over ranks, segments, totals.
 
-A plan walks from growth to growth in closed form, so a billion samples cost no more than a thousand.
+A plan walks from growth to growth in closed form, so a billion samples cost what a thousand do.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _walk(config: Config, dataset_size: int, ranks: int | None) -> Iterator[Stag
             global_batch=decision.batch,
             **asdict(pieces),
             lr_start=first_rates.lr,
-            lr_end=rates.at(last, decision).lr,
+            lr_end=rates.at(last, scheduler.decide(last)).lr,
             momentum=first_rates.momentum,
             reason=decision.reason,
         )
@@ -175,7 +175,9 @@ def _walk(config: Config, dataset_size: int, ranks: int | None) -> Iterator[Stag
 def _updates_in_stretch(
     scheduler: StageScheduler, clock: Clock, decision: BatchDecision, config: Config, end: Limit
 ) -> int:
-    change = scheduler.policy.next_change(clock)
+    # Past the cap only the rate follows what the policy asks for: one stretch to the end.
+    capped = decision.asked > decision.batch
+    change = None if capped else scheduler.policy.next_change(clock)
     limits = [end] if change is None else [end, change]
     return min(
         updates_until(clock, decision.batch, limit, config.batch.epoch_end) for limit in limits

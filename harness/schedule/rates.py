@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 
 from harness.config import Config, Decay, PolyDecay, StepDecay
+from harness.errors import ConfigError
 from harness.schedule.clock import Clock
 from harness.schedule.growth import BatchDecision
 from harness.units import Duration
@@ -35,7 +37,7 @@ class Poly:
     total: Duration
 
     def __call__(self, clock: Clock) -> float:
-        return max(0.0, 1.0 - clock.fraction(self.total)) ** self.power
+        return float(max(0.0, 1.0 - clock.fraction(self.total)) ** self.power)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Step:
     every: Duration
 
     def __call__(self, clock: Clock) -> float:
-        return self.factor ** clock.passed(self.every)
+        return float(self.factor ** clock.passed(self.every))
 
 
 def constant(clock: Clock) -> float:
@@ -78,12 +80,27 @@ class RateSchedule:
     on_growth: float = 1.0
 
     def at(self, clock: Clock, decision: BatchDecision) -> Rates:
-        """Rates of the update that starts at ``clock`` with the decided global batch."""
-        lr = self.base * (decision.batch / self.base_batch) ** self.power
+        """Rates of the update that starts at ``clock`` with the decided global batch.
+
+        Raises ConfigError where the rate is larger than a float can be.
+        """
+        try:
+            lr = self._lr(clock, decision)
+        except OverflowError:
+            lr = float("inf")
+        if not isfinite(lr):
+            raise ConfigError(
+                f"lr: the learning rate is not finite in stage {decision.stage}; lower lr.base "
+                f"(now {self.base:g}) or lr.on_growth (now {self.on_growth:g})"
+            )
+        return Rates(lr, self.momentum)
+
+    def _lr(self, clock: Clock, decision: BatchDecision) -> float:
+        lr: float = self.base * (decision.batch / self.base_batch) ** self.power
         if self.warmup is not None:
             lr = self.warmup(clock, lr)
-        lr *= self.on_growth**decision.growths * self.decay(clock) * decision.cap_factor
-        return Rates(lr, self.momentum)
+        growths = float(self.on_growth**decision.growths)
+        return lr * growths * self.decay(clock) * decision.cap_factor
 
 
 def rate_schedule(config: Config) -> RateSchedule:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import sys
+from itertools import zip_longest
+
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from harness.config import Config
 from harness.schedule.plan import Plan, Stage
 
+_WIDE = 200  # columns where no terminal sets them
+
 
 def print_plan(config: Config, plan: Plan, console: Console | None = None) -> None:
     """Print stages, and totals in a sentence."""
-    table = Table(title=f"{config.name}: {config.model.name} on {config.data.dataset}")
-    for heading in ("stage", "epochs", "updates", "global batch", "ranks × accum × micro"):
-        table.add_column(heading, justify="right")
-    for heading in ("lr", "momentum", "idle"):
-        table.add_column(heading, justify="right")
-    for row in plan.stages:
-        table.add_row(*_cells(row), end_section=_last_of_segment(row, plan))
-    target = console or Console()
+    idles = any(row.idle > 0 for row in plan.stages)
+    title = Text(f"{config.name}: {config.model.name} on {config.data.dataset}")
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    headings = ["stage", "epochs", "updates", "batch", "ranks × accum\n× micro", "lr", "momentum"]
+    for heading in [*headings, "idle"] if idles else headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row, after in zip_longest(plan.stages, plan.stages[1:]):
+        last_of_segment = after is not None and after.segment != row.segment
+        table.add_row(*_cells(row)[: len(table.columns)], end_section=last_of_segment)
+    target = console or Console(width=None if sys.stdout.isatty() else _WIDE)
     target.print(table)
     totals = plan.as_dict()["totals"]
     ratio = totals["updates_at_initial_batch"] / totals["updates"]
@@ -29,10 +38,10 @@ def print_plan(config: Config, plan: Plan, console: Console | None = None) -> No
         highlight=False,
         soft_wrap=True,
     )
-    if any(row.idle > 0 for row in plan.stages):
+    if idles:
         target.print(
-            "idle: share of rank-time spent waiting, because the micro-batches do not divide evenly "
-            "among the ranks.",
+            "idle: share of rank-time spent waiting, because the micro-batches do not divide evenly"
+            " among the ranks.",
             highlight=False,
             soft_wrap=True,
         )
@@ -50,8 +59,3 @@ def _cells(row: Stage) -> list[str]:
         f"{row.momentum:g}",
         f"{row.idle:.1%}" if row.idle > 0 else "–",
     ]
-
-
-def _last_of_segment(row: Stage, plan: Plan) -> bool:
-    later = [other for other in plan.stages if other.stage > row.stage]
-    return bool(later) and later[0].segment != row.segment
