@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -70,7 +70,7 @@ def save_checkpoint(
     try:
         with partial.open("wb") as file:
             writer = _Hashing(file)
-            torch.save({"format": FORMAT, **state}, writer)
+            torch.save({"format": FORMAT, **state}, cast(IO[bytes], writer))
             file.flush()
             os.fsync(file.fileno())
         digest = f"{writer.digest.hexdigest()}  {path.name}\n".encode()

@@ -1,4 +1,4 @@
-"""What the launcher tells a process through its environment; no other module reads rank variables."""
+"""What the launcher tells a process by its environment; no other module reads rank variables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FAILURE_DIR = "HARNESS_FAILURE_DIR"
 PROGRESS = "HARNESS_PROGRESS"
 """``relay``: rank 0 prints progress as marked lines, which `harness run` turns into a live bar."""
 GROW = "HARNESS_GROW"
-"""``1``: a supervisor starts the next segment, so stop with exit code 75 when it wants more ranks."""
+"""``1``: a supervisor starts the next segment, so stop with code 75 when it wants more ranks."""
 
 _SIZES = (WORLD_SIZE, "OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "SLURM_STEP_NUM_TASKS")
 _RANKS = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")

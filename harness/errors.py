@@ -8,6 +8,7 @@ HarnessError             exit code 1
     LaunchError          the ranks cannot be started as asked
   CheckpointError        no checkpoint can be read, or one does not fit this model
   RankFailure            a rank died, or the ranks do not form the world that was promised
+    PeerLost             the same seen from another rank: a consequence, not the cause
   StoppedEarly           exit code 75: stopped on request, with a checkpoint; run again to go on
 """
 

@@ -56,5 +56,5 @@ def average_buffers(model: nn.Module, comm: Communicator) -> None:
         return
     flat = torch.cat([buffer.detach().double().reshape(-1) for buffer in buffers])
     allreduce(comm, flat, "buffers").div_(comm.size)
-    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+    for buffer, mean in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
         buffer.copy_(mean.view_as(buffer))

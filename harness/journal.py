@@ -1,4 +1,4 @@
-"""What a running job writes down: metrics, events, checkpoints. Only rank 0 writes; the rest ask."""
+"""What a running job writes down: metrics, events, checkpoints. Only rank 0 writes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,13 @@ class Journal:
             self.event("checkpoint", update, samples_seen=samples_seen, file=name)
             events.sync()
 
-        checkpoint.save_checkpoint(self._run.checkpoints, update, {**state, "records": asdict(position)}, self._keep, announce)
+        checkpoint.save_checkpoint(
+            self._run.checkpoints,
+            update,
+            {**state, "records": asdict(position)},
+            self._keep,
+            announce,
+        )
 
     def close(self) -> None:
         for writer in (self._metrics, self._events):

@@ -1,7 +1,7 @@
 """Showing how a run goes: a live bar on a terminal, plain periodic lines elsewhere.
 
-Under ``harness run`` rank 0 has no terminal: it prints marked lines, and the launching process, which
-has one, shows them.
+Under ``harness run`` rank 0 has no terminal: it prints marked lines, and the launching process,
+which has one, shows them.
 """
 
 from __future__ import annotations

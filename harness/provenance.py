@@ -1,4 +1,4 @@
-"""Where a run's numbers come from: versions, machine, settings. No secrets: names are allow-listed."""
+"""Where a run's numbers come from: versions, machine, settings of allow-listed names."""
 
 from __future__ import annotations
 

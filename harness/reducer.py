@@ -2,8 +2,8 @@
 
 Gradients live in flat float32 buckets, in the order in which backward produces them; every
 parameter's ``.grad`` is a view into one. During the update's last micro-batch a bucket is handed to
-the communicator as soon as its last gradient is in; earlier micro-batches send nothing. Loss, sample
-count and stop flag travel in one small tensor beside the buckets.
+the communicator as soon as its last gradient is in; earlier micro-batches send nothing. Loss and
+stop flag travel in one small tensor beside the buckets.
 
 ``summation="exact"`` makes the result independent of how an update is cut into ranks and
 micro-batches, to the last bit: each micro-batch's gradient is rounded to a fixed-point integer, and
@@ -34,8 +34,8 @@ _TARGET_EXPONENT = 8
 _BACK_OFF = 8
 _EXPONENT_RANGE = 100
 
-# Exact summation: one unit is 2^-50. A gradient of 1e-8 keeps seven digits, and an element's sum may
-# reach 2^12 before a 64-bit integer could overflow.
+# Exact summation: one unit is 2^-50. A gradient of 1e-8 keeps seven digits, and an element's sum
+# may reach 2^12 before a 64-bit integer could overflow.
 _UNIT_EXPONENT = 50
 _EXACT_LIMIT = 2.0**12
 
@@ -108,7 +108,9 @@ class GradientReducer:
                 parameter.grad = view
                 self._of[parameter] = bucket
                 self._hooks.append(
-                    parameter.register_post_accumulate_grad_hook(self._gradient_ready)
+                    parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                        self._gradient_ready
+                    )
                 )
 
     def start(self, micro_batches: int) -> None:

@@ -34,8 +34,8 @@ _MAX_SKIPPED = 10
 class Trainer:
     """Runs one configuration from where the clock stands to its end; the same on every rank.
 
-    Everything that the trajectory depends on is in ``state_dict``, or follows from the configuration
-    and from integers that all ranks share.
+    Everything that the trajectory depends on is in ``state_dict``, or follows from the
+    configuration and from integers that all ranks share.
     """
 
     def __init__(
@@ -259,7 +259,7 @@ class Trainer:
             self._window = Window()
 
     def _milestones(self, before: Clock) -> bool:
-        """Evaluate and save where the clock has passed their times; returns whether it evaluated."""
+        """Evaluate and save where the clock has passed their times; whether it evaluated."""
         train = self._config.train
         evaluates = self._passed(train.eval_every, before)
         if evaluates:

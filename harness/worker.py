@@ -96,7 +96,7 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: Path, resume: bo
         if (comm is None or comm.rank == 0) and not environment.relays_progress():
             print(f"harness: {stopped}", file=sys.stderr)
         code = _leave(stopped.exit_code, comm)
-    except Exception as error:  # noqa: BLE001 - whatever it is, its last words must be kept
+    except Exception as error:
         code = _last_words(error, comm)
     else:
         if comm is not None:
@@ -116,7 +116,8 @@ def _run(config: Config, run: RunDirectory, resume: bool, comm: Communicator) ->
     lock = RunLock(run)
     _together(comm, lambda: _take(config, run, lock, resume) if comm.rank == 0 else None)
     data = _together(
-        comm, lambda: load(config.data.dataset, Path(config.data.root) if config.data.root else None)
+        comm,
+        lambda: load(config.data.dataset, Path(config.data.root) if config.data.root else None),
     )
     model = _together(
         comm, lambda: build_model(config.model.name, data.num_classes, data.shape, config.seed)
@@ -169,8 +170,8 @@ def _check_same_run(config: Config, run: RunDirectory) -> None:
     ]
     if changed:
         raise RunDirectoryError(
-            f"{run.path} holds a run of another configuration ({'; '.join(changed)}); resume it with "
-            f"{run.config}, or choose another --run-dir"
+            f"{run.path} holds a run of another configuration ({'; '.join(changed)}); resume it "
+            f"with {run.config}, or choose another --run-dir"
         )
 
 
@@ -237,12 +238,12 @@ def _introduce(
 
 
 def _together(comm: Communicator, action: Callable[[], T]) -> T:
-    """Run an action on every rank; if any rank fails, all leave, and the lowest of them says why."""
+    """Run an action on every rank; if any fails, all leave, and the lowest of those says why."""
     error: Exception | None = None
     result: T | None = None
     try:
         result = action()
-    except Exception as problem:  # noqa: BLE001 - the other ranks must hear of any failure
+    except Exception as problem:
         error = problem
     codes = torch.zeros(comm.size, dtype=torch.float64)
     if error is not None:
@@ -255,7 +256,7 @@ def _together(comm: Communicator, action: Callable[[], T]) -> T:
 
 
 def _set_threads(config: Config) -> None:
-    """One rank, its share of the host's cores: MPI and Horovod would leave each rank all of them."""
+    """Give a rank its share of the host's cores: MPI and Horovod would leave it all of them."""
     share = max(1, environment.usable_cores() // environment.launched_local_size())
     torch.set_num_threads(config.ranks.threads or share)
 

@@ -33,8 +33,8 @@ class Ended:
 
 
 def child_environment(spec: LaunchSpec) -> dict[str, str]:
-    """This process's environment, the spec's variables, and the interpreter's folder on PATH: mpirun
-    and horovodrun lie there in a virtual environment that nobody has activated."""
+    """This process's environment, the spec's variables, and the interpreter's folder on PATH:
+    mpirun and horovodrun lie there in a virtual environment that nobody has activated."""
     here = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", os.defpath)
     return {**os.environ, "PATH": f"{here}{os.pathsep}{path}", **spec.environment}
@@ -49,8 +49,8 @@ def execute(
 ) -> Ended:
     """Run a launcher to its end, showing what the ranks print.
 
-    SIGINT, SIGTERM or SIGUSR2 to this process asks the ranks to stop with a checkpoint; a second SIGINT ends
-    them at once. Raises LaunchError if the launcher is not there.
+    SIGINT, SIGTERM or SIGUSR2 to this process asks the ranks to stop with a checkpoint; a second
+    SIGINT ends them at once. Raises LaunchError if the launcher is not there.
     """
     try:
         process = subprocess.Popen(
@@ -125,7 +125,7 @@ class _Stopper:
         self._asked = time.monotonic()
         self._ask()
         self._display.say(
-            "harness: asked the ranks to stop with a checkpoint (press Ctrl-C again to end them now)"
+            "harness: asked the ranks to stop with a checkpoint (Ctrl-C again ends them now)"
         )
 
     def kill_group(self) -> None:

@@ -17,6 +17,7 @@ from typing import Literal
 
 from harness import environment
 from harness.config import Config, check_shares, load_config
+from harness.data_sizes import train_size
 from harness.errors import (
     ConfigError,
     LaunchError,
@@ -27,6 +28,7 @@ from harness.errors import (
 )
 from harness.progress import local_display
 from harness.records import RunDirectory, check_unlocked, read_jsonl
+from harness.schedule.plan import build_plan
 from launch import horovodrun, mpirun
 from launch.execute import Ended, execute
 from launch.hosts import check_slots, fill, parse_hosts, this_host
@@ -61,6 +63,7 @@ def run(request: RunRequest) -> int:
     config = load_config(request.config_path, request.overrides)
     hosts = parse_hosts(request.hosts) if request.hosts else this_host()
     ranks = _first_ranks(request, config, hosts)
+    build_plan(config, train_size(config.data.dataset, config.data.root))  # refuses what it can
     directory = RunDirectory(_run_directory(request, config))
     directory.check_usable(request.resume)
     check_unlocked(directory)
@@ -181,9 +184,7 @@ def _variables(
     return settings
 
 
-def _launch(
-    spec: LaunchSpec, argv: list[str], directory: RunDirectory
-) -> Literal["done", "grow"]:
+def _launch(spec: LaunchSpec, argv: list[str], directory: RunDirectory) -> Literal["done", "grow"]:
     """One launch to its end; raises StoppedEarly, RankFailure, or what a rank's last words say."""
     for old in directory.failures.glob("rank-*.json"):
         old.unlink(missing_ok=True)

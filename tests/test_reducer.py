@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from harness.comm import SoloCommunicator
-from harness.reducer import GradientReducer, Reduced
 from torch import Tensor, nn
 from torch.nn import functional
+
+from harness.comm import SoloCommunicator
+from harness.reducer import GradientReducer, Reduced
 
 
 class Recorder(SoloCommunicator):
@@ -31,7 +32,9 @@ class Doubling(SoloCommunicator):
 
 def network(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
+    )
 
 
 def batch(samples: int, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -176,7 +179,9 @@ def test_fp16_overflow_skips_the_update_and_lowers_the_scale() -> None:
 @pytest.mark.parametrize(
     ("compression", "summation"), [("none", "float"), ("fp16", "float"), ("none", "exact")]
 )
-def test_a_gradient_that_is_not_finite_is_told(bad: float, compression: str, summation: str) -> None:
+def test_a_gradient_that_is_not_finite_is_told(
+    bad: float, compression: str, summation: str
+) -> None:
     model, weight = one_weight()
     reducer = GradientReducer(model, SoloCommunicator(), compression, 4 << 20, summation)
     finite = []

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+
 from harness.checkpoint import load_state, newest_valid
 from harness.comm import SoloCommunicator
 from harness.config import Config, load_config
@@ -23,7 +25,6 @@ from harness.records import Position, RunDirectory, rewind
 from harness.schedule.plan import build_plan
 from harness.stop import StopRequest
 from harness.trainer import Trainer
-from torch import Tensor, nn
 
 SIZE = 53  # prime, so that nothing divides
 
@@ -123,6 +124,10 @@ def comparable(directory: Path) -> list[dict[str, Any]]:
     ]
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def same_weights(a: Trainer, b: Trainer) -> bool:
     ours, theirs = a.state_dict(), b.state_dict()
     assert ours["update"] == theirs["update"]
@@ -164,7 +169,7 @@ def test_coverage_also_with_batches_past_the_data_set(
 def test_the_run_does_what_the_plan_says(tmp_path: Path) -> None:
     cfg = config(tmp_path, "train.log_every=1")
     go(cfg, tmp_path / "run")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    lines = read(tmp_path / "run" / "metrics.jsonl")
     stages = build_plan(cfg, SIZE, ranks=1).stages
     assert [len([x for x in lines if x["stage"] == s.stage]) for s in stages] == [
         s.updates for s in stages
@@ -223,9 +228,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path: Path) ->
 
 def test_divergence_ends_the_run_with_advice(tmp_path: Path) -> None:
     cfg = config(tmp_path, "lr={base: 1e30}", "train.checkpoint_every=null")
-    with pytest.raises(HarnessError, match="has diverged; lower lr.base"):
+    with pytest.raises(HarnessError, match=r"has diverged; lower lr\.base"):
         go(cfg, tmp_path / "run")
-    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").open()]
+    events = read(tmp_path / "run" / "events.jsonl")
     assert len([e for e in events if e["kind"] == "skipped_update"]) == 10
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 

@@ -21,9 +21,9 @@ __all__ = [
 def open_communicator(backend: Literal["horovod", "solo"]) -> Communicator:
     """Join the other ranks, and assert that all that the launcher promised are there.
 
-    A process that no launcher started is alone: it gets the solo communicator. Raises LaunchError if
-    Horovod is missing, RankFailure if the world has another size than promised: a launcher and an
-    MPI that do not match give N separate worlds of one rank, without a word.
+    A process that no launcher started is alone: it gets the solo communicator. Raises LaunchError
+    if Horovod is missing, RankFailure if the world has another size than promised: a launcher and
+    an MPI that do not match give N separate worlds of one rank, without a word.
     """
     promised = promised_world_size()
     if backend == "solo" or promised is None:

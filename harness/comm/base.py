@@ -15,7 +15,7 @@ class Communicator(Protocol):
 
     @property
     def kind(self) -> str:
-        """What carries the collectives, for records: ``horovod-mpi``, ``horovod-gloo``, ``solo``."""
+        """What carries them, for records: ``horovod-mpi``, ``horovod-gloo`` or ``solo``."""
 
     @property
     def rank(self) -> int: ...

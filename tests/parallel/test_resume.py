@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 
 import pytest
-
 from jobs import (
     Job,
     assert_same_run,
