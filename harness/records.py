@@ -243,9 +243,13 @@ class Position:
     events: int = 0
 
 
-def rewind(run: RunDirectory, position: Position) -> None:
-    """Cut what was recorded after a checkpoint, so that the resumed run writes it anew, once."""
-    _keep_lines(run.metrics, position.metrics)
+def rewind(run: RunDirectory, position: Position) -> int:
+    """Cut what was recorded after a checkpoint, so that the resumed run writes it anew, once.
+
+    Returns how many lines of metrics are missing from before it: 0 unless someone took them away,
+    since lines are on the disk before a checkpoint counts.
+    """
+    missing = position.metrics - _keep_lines(run.metrics, position.metrics)
     seen = 0
     kept = []
     for record in read_jsonl(run.events):
@@ -258,19 +262,23 @@ def rewind(run: RunDirectory, position: Position) -> None:
         kept.append(encode(record))
     if run.events.exists():
         write_atomic(run.events, b"".join(kept))
+    return missing
 
 
-def _keep_lines(path: Path, count: int) -> None:
-    """Cut a file after its first ``count`` lines, in place: it may be too long to copy."""
+def _keep_lines(path: Path, count: int) -> int:
+    """Cut a file after its first ``count`` lines, in place: it may be too long to copy.
+
+    Returns how many of them there are.
+    """
     if not path.exists():
-        return
+        return 0
     with path.open("rb+") as file:
-        end = 0
-        for _ in range(count):
-            if not file.readline().endswith(b"\n"):
-                break
+        kept = end = 0
+        while kept < count and file.readline().endswith(b"\n"):
+            kept += 1
             end = file.tell()
         file.truncate(end)
+    return kept
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import yaml
 
 from harness import checkpoint, environment
 from harness.comm import Communicator, allreduce, broadcast_bytes, open_communicator
@@ -36,6 +35,7 @@ from harness.records import (
 from harness.schedule.plan import build_plan
 from harness.stop import StopRequest
 from harness.trainer import Trainer
+from harness.yamlfile import parse_yaml, read_yaml
 
 T = TypeVar("T")
 
@@ -74,6 +74,8 @@ class _Resumed:
     name: str = ""
     rejected: list[tuple[str, str]] = field(default_factory=list)
     state: checkpoint.State | None = None
+    lines_missing: int = 0
+    """Lines of metrics.jsonl that the checkpoint counts on and that are gone."""
 
     @property
     def position(self) -> Position:
@@ -126,7 +128,7 @@ def _run(config: Config, run: RunDirectory, resume: bool, comm: Communicator) ->
     if comm.rank == 0:
         if not resume:
             write_atomic(run.config, dump_config(config).encode())
-        rewind(run, resumed.position)
+        resumed.lines_missing = rewind(run, resumed.position)
         stop.clear()
     journal = Journal(run, comm.rank == 0, config.train.keep_checkpoints, resumed.position)
     display = _display(comm)
@@ -161,8 +163,8 @@ def _take(config: Config, run: RunDirectory, lock: RunLock, resume: bool) -> Non
 
 def _check_same_run(config: Config, run: RunDirectory) -> None:
     """Refuse to resume with a configuration that would change the trajectory."""
-    before = _flat(yaml.safe_load(run.config.read_text(encoding="utf-8")))
-    after = _flat(yaml.safe_load(dump_config(config)))
+    before = _flat(read_yaml(run.config).data)
+    after = _flat(parse_yaml(dump_config(config), "configuration").data)
     changed = [
         f"{key}: {before.get(key)} → {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
@@ -232,6 +234,7 @@ def _introduce(
         communication=comm.kind,
         samples_seen=trainer.clock.samples,
         checkpoint=resumed.name or None,
+        metrics_lines_missing=resumed.lines_missing,
     )
     for name, why in resumed.rejected:
         journal.event("checkpoint_rejected", trainer.clock.updates, file=name, reason=why)
@@ -282,7 +285,8 @@ def _leave(code: int, comm: Communicator | None) -> int:
 def _last_words(error: Exception, comm: Communicator | None) -> int:
     """Say what went wrong, to the launching process if there is one, else here; the exit code."""
     rank = comm.rank if comm is not None else environment.launched_rank()
-    known = isinstance(error, HarnessError)
+    # An OSError's own text says what is wrong and where (disk full, no permission).
+    known = isinstance(error, HarnessError | OSError)
     code = _exit_code(error)
     message = str(error) if known else f"{type(error).__name__}: {error}"
     where = environment.failure_dir()
@@ -299,5 +303,8 @@ def _last_words(error: Exception, comm: Communicator | None) -> int:
         "consequence": isinstance(error, PeerLost),
         "traceback": None if known else "".join(traceback.format_exception(error)),
     }
-    write_json(where / f"rank-{rank:05d}.json", words)
+    try:
+        write_json(where / f"rank-{rank:05d}.json", words)
+    except OSError:  # the disk that is full is this one too
+        print(f"harness: rank {rank} on {environment.host()}: {message}", file=sys.stderr)
     return code
