@@ -6,7 +6,7 @@ Three runs a seed, each on real Horovod ranks:
 
 * grown: configs/adabatch-digits.yaml as it is;
 * fixed: the same with the initial batch throughout, at a constant rate;
-* fixed, decayed: the initial batch throughout, the rate multiplied by 0.5 where the other grows.
+* fixed, decayed: the initial batch throughout, the rate multiplied by 0.7 where the other grows.
   The ratio of rate to batch then follows the same path (AdaBatch, section 2).
 
 Prints a Markdown table of final test accuracies and updates, and the differences with a 95 %
@@ -29,7 +29,7 @@ RECIPES = {
     "fixed": ("batch.growth.policy=fixed",),
     "fixed, decayed": (
         "batch.growth.policy=fixed",
-        "lr.decay={kind: step, every: 5ep, factor: 0.5}",
+        "lr.decay={kind: step, every: 5ep, factor: 0.7}",
     ),
 }
 # 97.5 % quantiles of Student's t by degrees of freedom.

@@ -62,11 +62,11 @@ def run(request: RunRequest) -> int:
     """
     config = load_config(request.config_path, request.overrides)
     hosts = parse_hosts(request.hosts) if request.hosts else this_host()
-    ranks = _first_ranks(request, config, hosts)
     build_plan(config, train_size(config.data.dataset, config.data.root))  # refuses what it can
     directory = RunDirectory(_run_directory(request, config))
     directory.check_usable(request.resume)
     check_unlocked(directory)
+    ranks = _first_ranks(request, config, hosts, directory)
     spec = _spec(request, config, hosts, ranks, directory)
     argv = ARGUMENTS[request.launcher](spec)
     if request.dry_run:
@@ -74,11 +74,13 @@ def run(request: RunRequest) -> int:
         print(shlex.join(["env", *settings, *argv]))
         return 0
     created = _create(directory)
-    print(f"harness: {ranks} ranks on {','.join(map(str, hosts))}; run directory {directory.path}")
+    print(
+        f"harness: {_count(ranks)} on {','.join(map(str, hosts))}; run directory {directory.path}"
+    )
     try:
         while _launch(spec, argv, directory) == "grow":
             wanted = _ranks_wanted(directory)
-            print(f"harness: going on with {wanted} ranks")
+            print(f"harness: going on with {_count(wanted)}")
             spec = _spec(replace(request, resume=True), config, hosts, wanted, directory)
             argv = ARGUMENTS[request.launcher](spec)
     except UsageError:
@@ -88,8 +90,19 @@ def run(request: RunRequest) -> int:
     return _report(directory)
 
 
-def _first_ranks(request: RunRequest, config: Config, hosts: tuple[Host, ...]) -> int:
-    ranks = config.ranks.start if request.ranks is None else request.ranks
+def _count(ranks: int) -> str:
+    return f"{ranks} rank{'' if ranks == 1 else 's'}"
+
+
+def _first_ranks(
+    request: RunRequest, config: Config, hosts: tuple[Host, ...], directory: RunDirectory
+) -> int:
+    """Ranks of the first launch: as asked for, else as the run had or wanted last, else as
+    configured."""
+    ranks = request.ranks
+    if ranks is None:
+        ranks = _ranks_of_late(directory) if request.resume else 0
+        ranks = ranks or config.ranks.start
     if ranks < 1:
         raise LaunchError(f"--ranks {ranks}: at least 1 rank is needed")
     try:
@@ -245,6 +258,15 @@ def _cause(death: Death) -> str:
             name = "unknown"
         return f"rank {death.rank}{where} was killed by signal {death.signal} ({name})"
     return f"rank {death.rank}{where} ended with exit code {death.exit_code}"
+
+
+def _ranks_of_late(directory: RunDirectory) -> int:
+    """Ranks that the run's last attempt had, or asked for as it stopped; 0 if it had none."""
+    ranks = 0
+    for event in read_jsonl(directory.events):
+        if event and event.get("kind") in ("start", "resume", "stop"):
+            ranks = int(event.get("ranks_wanted") or event.get("ranks") or ranks)
+    return ranks
 
 
 def _ranks_wanted(directory: RunDirectory) -> int:

@@ -301,8 +301,11 @@ def test_json_holds_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
     ]  # fmt: skip
     assert [row["updates"] for row in plan["stages"]] == [115, 60, 30, 15, 20]
     assert [row["end_epoch"] for row in plan["stages"]] == [5, 10, 15, 20, 30]
-    assert [row["lr_start"] for row in plan["stages"]] == pytest.approx([0.001] + [0.01] * 4)
-    assert plan["stages"][-1]["lr_end"] == pytest.approx(0.005)  # asks for 2,048 from epoch 25 on
+    assert [row["lr_start"] for row in plan["stages"]] == pytest.approx(
+        [0.001, 0.014, 0.0196, 0.02744, 0.038416]  # × 2 × 0.7 at each growth, after the warmup
+    )
+    # From epoch 25 on it asks for 2,048: half the rate instead.
+    assert plan["stages"][-1]["lr_end"] == pytest.approx(0.019208)
     assert plan["segments"] == [
         {"segment": 0, "ranks": 2, "start_epoch": 0.0, "end_epoch": 30.0,
          "stages": [0, 1, 2, 3, 4], "updates": 240}
@@ -339,10 +342,10 @@ def test_the_table_tells_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [line.split() for line in text.splitlines() if line.lstrip()[:1].isdigit()]
     assert [" ".join(row) for row in rows] == [
         "0 0 – 5 115 64 2 × 1 × 32 0.001 → 0.01 0.9",
-        "1 5 – 10 60 128 2 × 2 × 32 0.01 0.9",
-        "2 10 – 15 30 256 2 × 4 × 32 0.01 0.9",
-        "3 15 – 20 15 512 2 × 8 × 32 0.01 0.9",
-        "4 20 – 30 20 1,024 2 × 16 × 32 0.01 → 0.005 0.9",
+        "1 5 – 10 60 128 2 × 2 × 32 0.014 0.9",
+        "2 10 – 15 30 256 2 × 4 × 32 0.0196 0.9",
+        "3 15 – 20 15 512 2 × 8 × 32 0.02744 0.9",
+        "4 20 – 30 20 1,024 2 × 16 × 32 0.038416 → 0.019208 0.9",
         "43,110 samples in 240 updates; a global batch of 64 throughout would take 690 (2.9 ×).",
     ]
     assert "adabatch-digits: lenet5 on digits" in text

@@ -112,6 +112,7 @@ def test_the_promised_world_size_is_asserted(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     with Job(directory, *run_arguments(directory, 1)) as job:
@@ -138,6 +139,7 @@ class Net(nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_a_users_own_model_with_batch_norm_and_dropout(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(USERS_MODEL)
     for ranks in (1, 2):
@@ -207,6 +209,7 @@ def test_a_yaml_list_and_a_used_directory(tmp_path: Path) -> None:
     assert (done.returncode, "already holds a run" in done.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_values_with_shell_characters_reach_the_ranks_unharmed(tmp_path: Path) -> None:
     name = 'it\'s $(touch pwned) `x` "q" ; & | a'
     directory = tmp_path / "a dir; with $HOME 'quotes'"
@@ -219,6 +222,7 @@ def test_values_with_shell_characters_reach_the_ranks_unharmed(tmp_path: Path) -
     assert not list(tmp_path.rglob("pwned"))
 
 
+@pytest.mark.slow
 def test_same_run_again_is_bitwise_the_same(tmp_path: Path) -> None:
     for name in ("a", "b"):
         train(tmp_path / name, 2, "train.duration=3ep")
