@@ -195,7 +195,7 @@ class Trainer:
         images, labels = self._data.train.batch(micro.samples, micro.epochs, seed, self._augment)
         # Dropout and the like draw from a stream that belongs to the micro-batch, so they depend
         # neither on the ranks nor on what this process ran before.
-        torch.manual_seed(fold_key(seed, micro.start) >> 1)
+        torch.default_generator.manual_seed(fold_key(seed, micro.start) >> 1)
         self._phases.mark("data")
         return functional.cross_entropy(self._model(images), labels, reduction="sum")
 
