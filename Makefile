@@ -5,6 +5,7 @@ VENV := $(CURDIR)/.venv
 # Where no MPI is installed the set-up puts one into the environment.
 export PATH := $(VENV)/bin:$(PATH)
 ARGS ?=
+SOURCES := harness launch tests benchmarks
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast lint clean
@@ -27,8 +28,8 @@ test-fast: setup ## the tests that take a few seconds at most
 	@$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
 
 lint: setup ## ruff and mypy
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check $(SOURCES)
+	$(VENV)/bin/ruff format --check $(SOURCES)
 	$(VENV)/bin/mypy
 
 clean: ## remove .venv and what tools left; the cached wheel and runs/ stay

@@ -43,13 +43,19 @@ class _Hashing(io.RawIOBase):
     def __init__(self, target: IO[bytes]) -> None:
         self._target = target
         self.digest = hashlib.sha256()
+        self.error: OSError | None = None
+        """Why a write failed; torch's writer would only tell that one did."""
 
     def writable(self) -> bool:
         return True
 
     def write(self, content: Any) -> int:
         self.digest.update(content)
-        return self._target.write(content)
+        try:
+            return self._target.write(content)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def checkpoint_name(update: int) -> str:
@@ -70,7 +76,12 @@ def save_checkpoint(
     try:
         with partial.open("wb") as file:
             writer = _Hashing(file)
-            torch.save({"format": FORMAT, **state}, cast(IO[bytes], writer))
+            try:
+                torch.save({"format": FORMAT, **state}, cast(IO[bytes], writer))
+            except RuntimeError:
+                if writer.error is None:
+                    raise
+                raise OSError(writer.error.errno, writer.error.strerror, str(path)) from None
             file.flush()
             os.fsync(file.fileno())
         digest = f"{writer.digest.hexdigest()}  {path.name}\n".encode()

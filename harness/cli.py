@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output has gone, as in `harness plan … | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # its text says what and where: disk full, no permission
+        print(f"harness: {error}", file=sys.stderr)
+        return 1
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -53,8 +53,8 @@ Length = Annotated[
     BeforeValidator(Duration.parse),
     PlainSerializer(str, return_type=str),
 ]
-Rate = Annotated[float, Field(ge=0)]
-Factor = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(ge=0, le=1e30)]  # float32 holds it, with room to be scaled
+Factor = Annotated[float, Field(gt=0, le=1e30)]
 
 
 class Data(Section):

@@ -44,17 +44,3 @@ def evaluate(model: nn.Module, split: ImageSplit, comm: Communicator) -> Evaluat
     model.train()
     loss, correct_count, samples = allreduce(comm, sums, "evaluation").tolist()
     return Evaluation(loss / samples, correct_count / samples, int(samples))
-
-
-def average_buffers(model: nn.Module, comm: Communicator) -> None:
-    """Replace floating-point buffers (batch norm's running statistics) by their mean over ranks.
-
-    Each rank sees its own micro-batches, so the buffers drift apart until then.
-    """
-    buffers = [b for b in model.buffers() if b.is_floating_point() and b.numel()]
-    if not buffers or comm.size == 1:
-        return
-    flat = torch.cat([buffer.detach().double().reshape(-1) for buffer in buffers])
-    allreduce(comm, flat, "buffers").div_(comm.size)
-    for buffer, mean in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))

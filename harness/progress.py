@@ -14,6 +14,7 @@ from typing import IO, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 MARK = "@harness-progress "
 
@@ -37,13 +38,16 @@ class Status:
     news: bool = False
     """Worth a line of its own: an evaluation, a new stage, the end."""
 
+    def short(self) -> str:
+        """The most telling first: a narrow terminal cuts the end."""
+        return f"ETA {_duration(self.eta_seconds)}  {self.line()}"
+
     def line(self) -> str:
         accuracy = "" if self.accuracy is None else f"  test acc {self.accuracy:6.2%}"
         return (
             f"epoch {self.epoch:6.2f}/{self.epochs:g}  stage {self.stage}  "
             f"batch {self.global_batch} = {self.ranks} × {self.accumulation} × {self.micro_batch}  "
-            f"loss {self.loss:.4f}{accuracy}  {self.images_per_sec:,.0f} images/s  "
-            f"ETA {_duration(self.eta_seconds)}"
+            f"loss {self.loss:.4f}{accuracy}  {self.images_per_sec:,.0f} images/s"
         )
 
 
@@ -92,7 +96,7 @@ class PlainLines:
         now = time.monotonic()
         if status.news or now - self._last >= self._period:
             self._last = now
-            self.say(status.line())
+            self.say(f"{status.line()}  ETA {_duration(status.eta_seconds)}")
 
     def say(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
@@ -106,8 +110,9 @@ class LiveBar:
 
     def __init__(self, console: Console | None = None) -> None:
         self._bar = Progress(
-            BarColumn(bar_width=20),
-            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=16),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
             console=console or Console(),
             transient=True,
         )
@@ -117,12 +122,13 @@ class LiveBar:
         if self._task is None:
             self._bar.start()
             self._task = self._bar.add_task("", total=1.0)
-        self._bar.update(self._task, completed=status.fraction, description=status.line())
         if status.news:
             self.say(status.line())
+        self._bar.update(self._task, completed=status.fraction, description=status.short())
+        self._bar.refresh()
 
     def say(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._bar.console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
         self._bar.stop()

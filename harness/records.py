@@ -118,8 +118,8 @@ class RunLock:
     It lives in the kernel, so it goes with the process that held it, however that died.
     """
 
-    def __init__(self, run: RunDirectory) -> None:
-        self._path = run.path / "lock"
+    def __init__(self, run: RunDirectory, name: str = "lock") -> None:
+        self._path = run.path / name
         self._fd: int | None = None
 
     def acquire(self, patience: float = 0.0) -> None:
@@ -177,11 +177,12 @@ class RunLock:
         self.release()
 
 
-def check_unlocked(run: RunDirectory) -> None:
-    """Raise RunDirectoryError while another process holds the lock; leaves nothing behind."""
+def check_unlocked(run: RunDirectory, patience: float = 0.0) -> None:
+    """Raise RunDirectoryError if another process still holds the lock after so many seconds."""
     if (run.path / "lock").exists():
-        with RunLock(run):
-            pass
+        lock = RunLock(run)
+        lock.acquire(patience)
+        lock.release()
 
 
 def encode(record: Record) -> bytes:

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from harness.buffers import averaged_buffers, gather_buffers, restore_buffers
 from harness.comm.base import Communicator
 from harness.config import Config
 from harness.data.datasets import ImageData
 from harness.data.sampler import GlobalBatchSampler, MicroBatch
-from harness.errors import HarnessError, StoppedEarly
-from harness.evaluate import Evaluation, average_buffers, evaluate
+from harness.errors import ConfigError, HarnessError, StoppedEarly
+from harness.evaluate import Evaluation, evaluate
 from harness.journal import Journal
 from harness.keyed import fold_key
 from harness.profiler import PhaseClock
@@ -84,6 +85,7 @@ class Trainer:
         self._train_seconds = 0.0
         self._evaluation: Evaluation | None = None
         self._evaluated_at = self._saved_at = -1
+        self._shown: tuple[BatchDecision, Decomposition, float] | None = None
 
     def run(self) -> Evaluation:
         """Train to the end and return the last evaluation.
@@ -125,6 +127,7 @@ class Trainer:
                 f"now holds {self.clock.dataset_size}; give it the same data"
             )
         self._model.load_state_dict(state["model"])
+        restore_buffers(self._model, state.get("rank_buffers"), self._comm)
         self._optimizer.load_state_dict(state["optimizer"])
         self._reducer.load_state_dict(state["reducer"])
         self._scheduler.load_state_dict(state["growth"])
@@ -153,6 +156,7 @@ class Trainer:
             ranks=pieces.ranks,
             accumulation=pieces.accumulation,
             micro_batch=pieces.micro_batch,
+            lr=self._rates.at(self.clock, decision).lr,
             reason=decision.reason,
         )
 
@@ -197,7 +201,14 @@ class Trainer:
         # neither on the ranks nor on what this process ran before.
         torch.default_generator.manual_seed(fold_key(seed, micro.start) >> 1)
         self._phases.mark("data")
-        return functional.cross_entropy(self._model(images), labels, reduction="sum")
+        logits = self._model(images)
+        if logits.shape != (len(labels), self._data.num_classes):
+            raise ConfigError(
+                f"model.name {self._config.model.name} returns {tuple(logits.shape)} for a "
+                f"micro-batch of {len(labels)}; logits of ({len(labels)}, "
+                f"{self._data.num_classes}) are needed"
+            )
+        return functional.cross_entropy(logits, labels, reduction="sum")
 
     def _apply(self, rates: Rates, reduced: Reduced) -> None:
         if not reduced.finite:
@@ -263,6 +274,7 @@ class Trainer:
         train = self._config.train
         evaluates = self._passed(train.eval_every, before)
         if evaluates:
+            self._flush_window()  # so that curves have a point for each evaluation
             self._evaluate()
         if self._passed(train.checkpoint_every, before):
             self._save()
@@ -274,8 +286,8 @@ class Trainer:
     def _evaluate(self) -> Evaluation:
         if self._evaluation is not None and self._evaluated_at == self.clock.updates:
             return self._evaluation
-        average_buffers(self._model, self._comm)
-        self._evaluation = evaluate(self._model, self._data.test, self._comm)
+        with averaged_buffers(self._model, gather_buffers(self._model, self._comm)):
+            self._evaluation = evaluate(self._model, self._data.test, self._comm)
         self._evaluated_at = self.clock.updates
         self._journal.event(
             "evaluation",
@@ -290,8 +302,10 @@ class Trainer:
     def _save(self) -> None:
         if self._saved_at == self.clock.updates:
             return
-        average_buffers(self._model, self._comm)
-        self._journal.save(self.clock.updates, self.clock.samples, self.state_dict())
+        table = gather_buffers(self._model, self._comm)
+        with averaged_buffers(self._model, table):
+            state = {**self.state_dict(), "rank_buffers": table}
+            self._journal.save(self.clock.updates, self.clock.samples, state)
         self._saved_at = self.clock.updates
 
     def _stop_with_checkpoint(self, reason: str, ranks_wanted: int | None = None) -> None:
@@ -307,7 +321,10 @@ class Trainer:
 
     def _finish(self) -> Evaluation:
         self._flush_window()
+        news = self._evaluated_at != self.clock.updates
         result = self._evaluate()
+        if news and self._shown is not None:
+            self._show(*self._shown, news=True)
         self._save()
         self._journal.event(
             "end",
@@ -322,6 +339,7 @@ class Trainer:
     def _show(
         self, decision: BatchDecision, pieces: Decomposition, loss: float, news: bool
     ) -> None:
+        self._shown = (decision, pieces, loss)
         total = self._config.train.duration
         fraction = min(1.0, self.clock.fraction(total))
         self._display.show(

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -32,28 +33,12 @@ from harness.records import (
     write_atomic,
     write_json,
 )
+from harness.resume import check_same_run
 from harness.schedule.plan import build_plan
 from harness.stop import StopRequest
 from harness.trainer import Trainer
-from harness.yamlfile import parse_yaml, read_yaml
 
 T = TypeVar("T")
-
-# Keys that do not change what is computed, only how and where; a resumed run may change them.
-_FREE_ON_RESUME = frozenset(
-    {
-        "data.root",
-        "data.workers",
-        "ranks.start",
-        "ranks.max",
-        "ranks.prefer",
-        "ranks.threads",
-        "comm.backend",
-        "comm.controller",
-        "comm.bucket_mb",
-        "train.keep_checkpoints",
-    }
-)
 
 
 class _AllLeave(Exception):  # noqa: N818 - not an error of this rank: a decision of all
@@ -129,7 +114,8 @@ def _run(config: Config, run: RunDirectory, resume: bool, comm: Communicator) ->
         if not resume:
             write_atomic(run.config, dump_config(config).encode())
         resumed.lines_missing = rewind(run, resumed.position)
-        stop.clear()
+        if environment.failure_dir() is None:  # else `harness run` has cleared it before the start
+            stop.clear()
     journal = Journal(run, comm.rank == 0, config.train.keep_checkpoints, resumed.position)
     display = _display(comm)
     trainer = Trainer(
@@ -152,39 +138,13 @@ def _take(config: Config, run: RunDirectory, lock: RunLock, resume: bool) -> Non
     run.check_usable(resume)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        lock.acquire(patience=5.0 if resume else 0.0)
+        lock.acquire(patience=10.0 if resume else 0.0)
     except OSError as error:
         raise RunDirectoryError(f"{run.path}: cannot be used: {error.strerror or error}") from None
     if resume:
-        _check_same_run(config, run)
+        check_same_run(config, run)
     checkpoint.remove_partial(run.path)
     checkpoint.remove_partial(run.checkpoints)
-
-
-def _check_same_run(config: Config, run: RunDirectory) -> None:
-    """Refuse to resume with a configuration that would change the trajectory."""
-    before = _flat(read_yaml(run.config).data)
-    after = _flat(parse_yaml(dump_config(config), "configuration").data)
-    changed = [
-        f"{key}: {before.get(key)} → {after.get(key)}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key not in _FREE_ON_RESUME
-    ]
-    if changed:
-        raise RunDirectoryError(
-            f"{run.path} holds a run of another configuration ({'; '.join(changed)}); resume it "
-            f"with {run.config}, or choose another --run-dir"
-        )
-
-
-def _flat(value: object, prefix: str = "") -> dict[str, object]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        key: leaf
-        for name, entry in value.items()
-        for key, leaf in _flat(entry, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
 
 
 def _resume(run: RunDirectory, comm: Communicator) -> _Resumed:
@@ -220,8 +180,9 @@ def _introduce(
     attempts = sum(1 for r in read_jsonl(run.events) if r and r.get("kind") in ("start", "resume"))
     provenance = collect(comm)
     if run.provenance.exists():
-        first = json.loads(run.provenance.read_text(encoding="utf-8"))
-        provenance = {**first, "attempts": [*first.get("attempts", []), provenance]}
+        with suppress(ValueError, AttributeError):  # a broken one is written anew
+            first = json.loads(run.provenance.read_text(encoding="utf-8"))
+            provenance = {**first, "attempts": [*first.get("attempts", []), provenance]}
     write_json(run.provenance, provenance)
     if not run.plan.exists():
         plan = build_plan(config, trainer.clock.dataset_size)

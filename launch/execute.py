@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -52,8 +53,17 @@ def execute(
     SIGINT, SIGTERM or SIGUSR2 to this process asks the ranks to stop with a checkpoint; a second
     SIGINT ends them at once. Raises LaunchError if the launcher is not there.
     """
+    with _Stopper(display, ask_to_stop) as stopper:
+        process = stopper.process = _start(argv, spec)
+        own_words = _pump(process, display, log)
+        code = process.wait()
+        stopper.kill_group()  # ranks that outlived their launcher
+    return Ended(code, first_death(own_words), own_words)
+
+
+def _start(argv: Sequence[str], spec: LaunchSpec) -> subprocess.Popen[str]:
     try:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             argv,
             env=child_environment(spec),
             stdin=subprocess.DEVNULL,
@@ -68,19 +78,15 @@ def execute(
             f"{argv[0]} is not on PATH; install it (`make setup` in a checkout, or "
             "`python -m launch.bootstrap --horovod-only`), or choose another --launcher"
         ) from None
-    with _Stopper(process, display, ask_to_stop) as stopper:
-        own_words = _pump(process, display, log)
-        code = process.wait()
-        stopper.kill_group()  # ranks that outlived their launcher
-    return Ended(code, first_death(own_words), own_words)
 
 
 def _pump(process: subprocess.Popen[str], display: Display, log: IO[str]) -> str:
     own_words = []
     assert process.stdout is not None  # noqa: S101 - it is a pipe, for the type checker
     for line in process.stdout:
-        log.write(line)
-        log.flush()
+        with suppress(OSError):  # a log that cannot grow does not end a run
+            log.write(line)
+            log.flush()
         status = parse_relayed(line)
         if status is not None:
             display.show(status)
@@ -100,11 +106,11 @@ class _Stopper:
 
     _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
-    def __init__(
-        self, process: subprocess.Popen[str], display: Display, ask_to_stop: Callable[[], None]
-    ) -> None:
-        self._process, self._display, self._ask = process, display, ask_to_stop
-        self._asked = 0.0
+    def __init__(self, display: Display, ask_to_stop: Callable[[], None]) -> None:
+        self.process: subprocess.Popen[str] | None = None
+        """The launcher, once it has been started."""
+        self._display, self._ask = display, ask_to_stop
+        self._asked = False
 
     def __enter__(self) -> _Stopper:
         self._before = {number: signal.signal(number, self._on_signal) for number in self._NUMBERS}
@@ -113,16 +119,16 @@ class _Stopper:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._process.poll() is None:
+        if self.process is not None and self.process.poll() is None:
             self.kill_group()
-            self._process.wait()
+            self.process.wait()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._asked and number == signal.SIGINT:
             self._display.say("harness: ending the ranks at once")
             self.kill_group()
             return
-        self._asked = time.monotonic()
+        self._asked = True
         self._ask()
         self._display.say(
             "harness: asked the ranks to stop with a checkpoint (Ctrl-C again ends them now)"
@@ -130,13 +136,15 @@ class _Stopper:
 
     def kill_group(self) -> None:
         """End the launcher's whole process group, first gently."""
+        if self.process is None:
+            return
         for number, patience in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, 0.0)):
             try:
-                os.killpg(self._process.pid, number)
+                os.killpg(self.process.pid, number)
             except ProcessLookupError:
                 return
             deadline = time.monotonic() + patience
-            while time.monotonic() < deadline and _group_lives(self._process):
+            while time.monotonic() < deadline and _group_lives(self.process):
                 time.sleep(0.05)
 
 

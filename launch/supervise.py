@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from harness import environment
-from harness.config import Config, check_shares, load_config
+from harness.config import Config, load_config
 from harness.data_sizes import train_size
 from harness.errors import (
     ConfigError,
@@ -27,7 +27,8 @@ from harness.errors import (
     UsageError,
 )
 from harness.progress import local_display
-from harness.records import RunDirectory, check_unlocked, read_jsonl
+from harness.records import RunDirectory, RunLock, check_unlocked, read_jsonl
+from harness.resume import check_same_run, has_finished
 from harness.schedule.plan import build_plan
 from launch import horovodrun, mpirun
 from launch.execute import Ended, execute
@@ -60,34 +61,72 @@ def run(request: RunRequest) -> int:
     Everything that can be refused is refused before anything is created. Raises the errors of
     ``harness.errors``; StoppedEarly if the run stopped on request.
     """
+    if request.ranks is not None:
+        request = _with_ranks(request, request.ranks)
     config = load_config(request.config_path, request.overrides)
     hosts = parse_hosts(request.hosts) if request.hosts else this_host()
     build_plan(config, train_size(config.data.dataset, config.data.root))  # refuses what it can
     directory = RunDirectory(_run_directory(request, config))
     directory.check_usable(request.resume)
-    check_unlocked(directory)
+    # The ranks of a launch that was killed a moment ago need some seconds to die.
+    check_unlocked(directory, patience=10.0 if request.resume else 0.0)
+    if request.resume:
+        check_same_run(config, directory)
+        if has_finished(directory):
+            print(f"harness: the run in {directory.path} has finished already")
+            return _report(directory)
     ranks = _first_ranks(request, config, hosts, directory)
     spec = _spec(request, config, hosts, ranks, directory)
-    argv = ARGUMENTS[request.launcher](spec)
     if request.dry_run:
+        argv = ARGUMENTS[request.launcher](spec)
         settings = [f"{name}={value}" for name, value in sorted(spec.environment.items())]
         print(shlex.join(["env", *settings, *argv]))
         return 0
     created = _create(directory)
+    with RunLock(directory, "launch.lock"):
+        directory.check_usable(request.resume)  # again, now that nobody else can start here
+        return _run_segments(request, config, hosts, spec, directory, created)
+
+
+def _run_segments(
+    request: RunRequest,
+    config: Config,
+    hosts: tuple[Host, ...],
+    spec: LaunchSpec,
+    directory: RunDirectory,
+    created: bool,
+) -> int:
+    """Launch after launch, as the run asks for more ranks; then the report."""
     print(
-        f"harness: {_count(ranks)} on {','.join(map(str, hosts))}; run directory {directory.path}"
+        f"harness: starting {_count(spec.ranks)} on {','.join(map(str, spec.hosts))}; "
+        f"run directory {directory.path}"
     )
+    directory.stop_request.unlink(missing_ok=True)
+    launcher = ARGUMENTS[request.launcher]
     try:
-        while _launch(spec, argv, directory) == "grow":
+        while _launch(spec, launcher(spec), directory) == "grow":
+            if directory.stop_request.exists():
+                raise StoppedEarly(
+                    f"stopped on request with a checkpoint; {_how_to_go_on(directory)}"
+                )
             wanted = _ranks_wanted(directory)
             print(f"harness: going on with {_count(wanted)}")
             spec = _spec(replace(request, resume=True), config, hosts, wanted, directory)
-            argv = ARGUMENTS[request.launcher](spec)
     except UsageError:
         if created and not directory.holds_run:
             shutil.rmtree(directory.path, ignore_errors=True)
         raise
     return _report(directory)
+
+
+def _with_ranks(request: RunRequest, ranks: int) -> RunRequest:
+    """The same with ``--ranks`` in the configuration, so that the plan is of what will run."""
+    if ranks < 1:
+        raise LaunchError(f"--ranks {ranks}: at least 1 rank is needed")
+    if request.resume:  # the run may have a larger batch by now than the one it began with
+        return request
+    settings = (f"ranks.start={ranks}", f"ranks.max={ranks}")
+    return replace(request, overrides=(*request.overrides, *settings))
 
 
 def _count(ranks: int) -> str:
@@ -103,12 +142,6 @@ def _first_ranks(
     if ranks is None:
         ranks = _ranks_of_late(directory) if request.resume else 0
         ranks = ranks or config.ranks.start
-    if ranks < 1:
-        raise LaunchError(f"--ranks {ranks}: at least 1 rank is needed")
-    try:
-        check_shares(config, ranks)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     if config.comm.backend == "solo" and ranks > 1:
         raise ConfigError(
             f"comm.backend = solo is one process, but {ranks} ranks are asked for; "
@@ -202,7 +235,6 @@ def _launch(spec: LaunchSpec, argv: list[str], directory: RunDirectory) -> Liter
     for old in directory.failures.glob("rank-*.json"):
         old.unlink(missing_ok=True)
     display = local_display()
-    directory.stop_request.unlink(missing_ok=True)
     try:
         with directory.launch_log.open("a", encoding="utf-8") as log:
             log.write(f"$ {shlex.join(argv)}\n")
@@ -215,9 +247,7 @@ def _launch(spec: LaunchSpec, argv: list[str], directory: RunDirectory) -> Liter
     if StoppedEarly.exit_code in (ended.exit_code, ended.death and ended.death.exit_code):
         if _ranks_wanted(directory) > spec.ranks:
             return "grow"
-        raise StoppedEarly(
-            f"stopped on request with a checkpoint; go on with --resume --run-dir {directory.path}"
-        )
+        raise StoppedEarly(f"stopped on request with a checkpoint; {_how_to_go_on(directory)}")
     raise RankFailure(_obituary(ended, directory))
 
 
@@ -242,11 +272,16 @@ def _raise_words(directory: RunDirectory) -> None:
 
 def _obituary(ended: Ended, directory: RunDirectory) -> str:
     """A message that names the rank that died, or all that is known."""
-    go_on = f"go on with --resume --run-dir {directory.path}"
+    go_on = _how_to_go_on(directory)
     if ended.death is None:
         words = "\n".join(ended.own_words.strip().splitlines()[-15:])
         return f"the launcher ended with exit code {ended.exit_code}; {go_on}\n{words}".rstrip()
     return f"{_cause(ended.death)}, and the job was ended; {go_on}"
+
+
+def _how_to_go_on(directory: RunDirectory) -> str:
+    words = ["harness", "run", str(directory.config), "--run-dir", str(directory.path), "--resume"]
+    return f"go on with: {shlex.join(words)}"
 
 
 def _cause(death: Death) -> str:
@@ -265,7 +300,8 @@ def _ranks_of_late(directory: RunDirectory) -> int:
     ranks = 0
     for event in read_jsonl(directory.events):
         if event and event.get("kind") in ("start", "resume", "stop"):
-            ranks = int(event.get("ranks_wanted") or event.get("ranks") or ranks)
+            named = event.get("ranks_wanted") or event.get("ranks")
+            ranks = named if isinstance(named, int) else ranks
     return ranks
 
 
@@ -274,7 +310,8 @@ def _ranks_wanted(directory: RunDirectory) -> int:
     wanted = 0
     for event in read_jsonl(directory.events):
         if event and event.get("kind") == "stop":
-            wanted = int(event.get("ranks_wanted") or 0)
+            named = event.get("ranks_wanted")
+            wanted = named if isinstance(named, int) else 0
     return wanted
 
 

@@ -30,6 +30,7 @@ ABOVE_THE_LINE = (
     "harness.schedule.plan",
     "harness.schedule.table",
     "harness.records",
+    "harness.resume",
     "harness.report",
 )
 BELOW_THE_LINE = (
@@ -41,6 +42,7 @@ BELOW_THE_LINE = (
     "harness.window",
     "harness.stop",
     "harness.checkpoint",
+    "harness.buffers",
     "harness.evaluate",
     "harness.journal",
     "harness.provenance",

@@ -42,8 +42,25 @@ def build_model(name: str, num_classes: int, shape: Shape, seed: int) -> nn.Modu
         # Not torch.manual_seed, which would also seed the GPUs' generators and leave them so.
         torch.default_generator.manual_seed(seed % 2**63)
         if ":" in name:
-            return _build_custom(name, num_classes)
-        return _known(name)(num_classes, shape)
+            model = _build_custom(name, num_classes)
+        else:
+            model = _known(name)(num_classes, shape)
+    _check_trainable(name, model)
+    return model
+
+
+def _check_trainable(name: str, model: nn.Module) -> None:
+    trainable = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ConfigError(f"model.name {name}: it has no trainable parameters")
+    for key, parameter in trainable:
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise ConfigError(f"model.name {name}: {key} is lazy; give it its size")
+        if parameter.dtype != torch.float32:
+            raise ConfigError(
+                f"model.name {name}: parameter {key} is {parameter.dtype}; "
+                "only torch.float32 is supported"
+            )
 
 
 def _known(name: str) -> Callable[[int, Shape], nn.Module]:

@@ -161,7 +161,7 @@ def _reached(
         ranks=measured("ranks"),
         accumulation=measured("accumulation"),
         micro_batch=measured("micro_batch"),
-        lr_first=number(lines[0].get("lr")),
+        lr_first=number(first.get("lr", lines[0].get("lr"))),
         lr_last=number(lines[-1].get("lr")),
         momentum=number(lines[-1].get("momentum")),
         updates_planned=number(plan.get("updates")),

@@ -51,7 +51,11 @@ def ranks_for(global_batch: int, batch: Batch, ranks: Ranks) -> int:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of updates with one global batch. Positions in samples and epochs."""
+    """A stretch of updates with one global batch. Positions in samples and epochs.
+
+    ``asked`` is the batch that the policy asks for at the stage's end; more than ``global_batch``
+    if batch.max holds it back.
+    """
 
     stage: int
     segment: int
@@ -65,6 +69,7 @@ class Stage:
     accumulation: int
     micro_batch: int
     idle: float
+    asked: int
     lr_start: float
     lr_end: float
     momentum: float
@@ -127,6 +132,7 @@ def build_plan(config: Config, dataset_size: int, ranks: int | None = None) -> P
                 end_epoch=row.end_epoch,
                 updates=rows[-1].updates + row.updates,
                 lr_end=row.lr_end,
+                asked=row.asked,
             )
         else:
             rows.append(row)
@@ -154,6 +160,7 @@ def _walk(config: Config, dataset_size: int, ranks: int | None) -> Iterator[Stag
         after = step(last, update_size(last, decision.batch, batch.epoch_end, end))
         pieces = decompose(decision.batch, batch.micro_batch, running)
         first_rates = rates.at(clock, decision)
+        at_last = scheduler.decide(last)
         yield Stage(
             stage=decision.stage,
             segment=segment,
@@ -164,8 +171,9 @@ def _walk(config: Config, dataset_size: int, ranks: int | None) -> Iterator[Stag
             updates=stretch,
             global_batch=decision.batch,
             **asdict(pieces),
+            asked=at_last.asked,
             lr_start=first_rates.lr,
-            lr_end=rates.at(last, scheduler.decide(last)).lr,
+            lr_end=rates.at(last, at_last).lr,
             momentum=first_rates.momentum,
             reason=decision.reason,
         )

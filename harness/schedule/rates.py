@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isfinite
 
 from harness.config import Config, Decay, PolyDecay, StepDecay
 from harness.errors import ConfigError
 from harness.schedule.clock import Clock
 from harness.schedule.growth import BatchDecision
 from harness.units import Duration
+
+_LARGEST = 3.4e38  # what the weights' float32 can hold
 
 POWERS = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}
 
@@ -88,9 +89,9 @@ class RateSchedule:
             lr = self._lr(clock, decision)
         except OverflowError:
             lr = float("inf")
-        if not isfinite(lr):
+        if not lr <= _LARGEST:
             raise ConfigError(
-                f"lr: the learning rate is not finite in stage {decision.stage}; lower lr.base "
+                f"lr: the learning rate is past 3.4e38 in stage {decision.stage}; lower lr.base "
                 f"(now {self.base:g}) or lr.on_growth (now {self.on_growth:g})"
             )
         return Rates(lr, self.momentum)

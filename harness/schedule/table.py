@@ -38,6 +38,14 @@ def print_plan(config: Config, plan: Plan, console: Console | None = None) -> No
         highlight=False,
         soft_wrap=True,
     )
+    last = plan.stages[-1]
+    if last.asked > last.global_batch:
+        target.print(
+            f"Stage {last.stage} stays at batch.max = {last.global_batch:,} where the policy asks "
+            f"for more, up to {last.asked:,}: the rate is multiplied by max/asked instead.",
+            highlight=False,
+            soft_wrap=True,
+        )
     if idles:
         target.print(
             "idle: share of rank-time spent waiting, because the micro-batches do not divide evenly"

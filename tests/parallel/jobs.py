@@ -44,10 +44,14 @@ def run_arguments(run_dir: Path, ranks: int, *overrides: str, resume: bool = Fal
 class Job:
     """A run in the background; leaving the ``with`` block ends whatever is left of it."""
 
-    def __init__(self, run_dir: Path, *arguments: str) -> None:
+    def __init__(self, run_dir: Path, *arguments: str, cwd: Path | None = None) -> None:
         self.run_dir = run_dir
         self.process = subprocess.Popen(
-            command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command(*arguments),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=cwd,
         )
 
     def __enter__(self) -> Job:

@@ -1,0 +1,61 @@
+"""Buffers of a model (batch norm's running statistics), which drift apart between ranks.
+
+Each rank sees its own micro-batches. Evaluation and saved models use the mean over ranks; training
+goes on with each rank's own, so that it does not matter when one evaluates or saves, and a resumed
+run on as many ranks goes on with each rank's own too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from harness.comm.base import Communicator, allreduce
+
+
+def gather_buffers(model: nn.Module, comm: Communicator) -> Tensor | None:
+    """All ranks' buffers, float64 (ranks, elements), on every rank; None if there are none.
+
+    Float64 holds every float32 and every integer up to 2^53 exactly. A collective call.
+    """
+    flat = [buffer.detach().double().reshape(-1) for buffer in model.buffers()]
+    if not flat or not sum(map(len, flat)):
+        return None
+    mine = torch.cat(flat)
+    table = torch.zeros(comm.size, len(mine), dtype=torch.float64)
+    table[comm.rank] = mine
+    return allreduce(comm, table, "buffers")
+
+
+@contextmanager
+def averaged_buffers(model: nn.Module, table: Tensor | None) -> Iterator[None]:
+    """Inside, the model's floating-point buffers are the mean over ranks; others are rank 0's."""
+    if table is None or len(table) == 1:
+        yield
+        return
+    own = [buffer.clone() for buffer in model.buffers()]
+    _fill(model, table[0], integers=True)
+    _fill(model, table.mean(dim=0), integers=False)
+    try:
+        yield
+    finally:
+        for buffer, value in zip(model.buffers(), own, strict=True):
+            buffer.copy_(value)
+
+
+def restore_buffers(model: nn.Module, table: Tensor | None, comm: Communicator) -> None:
+    """This rank's row of a saved table, if it was saved by as many ranks."""
+    if table is not None and len(table) == comm.size:
+        _fill(model, table[comm.rank], integers=True)
+        _fill(model, table[comm.rank], integers=False)
+
+
+def _fill(model: nn.Module, row: Tensor, integers: bool) -> None:
+    buffers = list(model.buffers())
+    pieces = torch.split(row, [buffer.numel() for buffer in buffers])
+    for buffer, piece in zip(buffers, pieces, strict=True):
+        if buffer.is_floating_point() != integers:
+            buffer.copy_(piece.view_as(buffer))

@@ -1,0 +1,59 @@
+"""Whether a run may go on as asked, told without torch: the launching process asks it too."""
+
+from __future__ import annotations
+
+from harness.config import Config, dump_config
+from harness.errors import RunDirectoryError
+from harness.records import TRAJECTORY_EVENTS, RunDirectory, read_jsonl
+from harness.yamlfile import parse_yaml, read_yaml
+
+# Keys that do not change what is computed, only how and where; a resumed run may change them.
+_FREE = frozenset(
+    {
+        "data.root",
+        "data.workers",
+        "ranks.start",
+        "ranks.max",
+        "ranks.prefer",
+        "ranks.threads",
+        "comm.backend",
+        "comm.controller",
+        "comm.bucket_mb",
+        "train.keep_checkpoints",
+    }
+)
+
+
+def check_same_run(config: Config, run: RunDirectory) -> None:
+    """Raise RunDirectoryError if the configuration would change a run's trajectory."""
+    before = _flat(read_yaml(run.config).data)
+    after = _flat(parse_yaml(dump_config(config), "configuration").data)
+    changed = [
+        f"{key}: {before.get(key)} → {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key not in _FREE
+    ]
+    if changed:
+        raise RunDirectoryError(
+            f"{run.path} holds a run of another configuration ({'; '.join(changed)}); resume it "
+            f"with {run.config}, or choose another --run-dir"
+        )
+
+
+def has_finished(run: RunDirectory) -> bool:
+    """Whether a run's last word on its trajectory is that it has ended."""
+    last = None
+    for event in read_jsonl(run.events):
+        if event and event.get("kind") in TRAJECTORY_EVENTS:
+            last = event["kind"]
+    return last == "end"
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        key: leaf
+        for name, entry in value.items()
+        for key, leaf in _flat(entry, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
