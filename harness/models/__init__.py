@@ -7,13 +7,13 @@ import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
-from importlib import import_module
 
 import torch
 from torch import nn
 
 from harness.errors import ConfigError
 from harness.models.lenet5 import LeNet5
+from harness.models.torchvision_ops import import_tolerantly
 
 Shape = tuple[int, int, int]
 
@@ -102,7 +102,7 @@ def _import(name: str) -> Callable[..., object]:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        module = import_module(module_name)
+        module = import_tolerantly(module_name)
     except Exception as error:
         raise _import_failed(name, module_name, error) from error
     try:
