@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
 MARK = "@harness-progress "
+_ROOM_FOR_A_BAR = 120  # columns; in fewer the words need the space
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Status:
 
     def short(self) -> str:
         """The most telling first: a narrow terminal cuts the end."""
-        return f"ETA {_duration(self.eta_seconds)}  {self.line()}"
+        return f"{100 * self.fraction:3.0f} %  ETA {_duration(self.eta_seconds)}  {self.line()}"
 
     def line(self) -> str:
         accuracy = "" if self.accuracy is None else f"  test acc {self.accuracy:6.2%}"
@@ -109,11 +110,11 @@ class LiveBar:
     """One line that is redrawn, for a terminal; news stays above it."""
 
     def __init__(self, console: Console | None = None) -> None:
+        target = console or Console()
         self._bar = Progress(
-            BarColumn(bar_width=16),
-            TextColumn("{task.percentage:>3.0f} %"),
+            *([BarColumn(bar_width=16)] if target.width >= _ROOM_FOR_A_BAR else []),
             TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
-            console=console or Console(),
+            console=target,
             transient=True,
         )
         self._task: TaskID | None = None
