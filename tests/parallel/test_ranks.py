@@ -115,9 +115,10 @@ def test_the_promised_world_size_is_asserted(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    with Job(directory, *run_arguments(directory, 1)) as job:
+    settings = (directory, 1, "train.duration=900ep")  # longer than the second one's patience
+    with Job(directory, *run_arguments(*settings)) as job:
         job.wait_for_update(5)
-        second = harness(*run_arguments(directory, 1, resume=True))
+        second = harness(*run_arguments(*settings, resume=True))
         assert second.returncode == 2
         assert "is in use by pid" in second.stderr
         assert job.process.poll() is None
