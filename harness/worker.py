@@ -155,6 +155,7 @@ def _resume(run: RunDirectory, comm: Communicator) -> _Resumed:
         resumed.state = _together(
             comm, lambda: checkpoint.load_state(resumed.content, resumed.name or "checkpoint")
         )
+        resumed.content = b""  # not held in memory for the length of the run
     return resumed
 
 

@@ -35,9 +35,14 @@ def train(run_dir: Path, ranks: int, *overrides: str, resume: bool = False) -> N
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def run_arguments(run_dir: Path, ranks: int, *overrides: str, resume: bool = False) -> list[str]:
-    arguments = ["run", str(CONFIG), "ranks.threads=1", *overrides, "--ranks", str(ranks)]
+def run_arguments(
+    run_dir: Path, ranks: int | None, *overrides: str, resume: bool = False
+) -> list[str]:
+    """A run on that many ranks of this host; None: on as many as the configuration wants."""
+    arguments = ["run", str(CONFIG), "ranks.threads=1", *overrides]
     arguments += ["--hosts", "localhost:4", "--run-dir", str(run_dir)]
+    if ranks is not None:
+        arguments += ["--ranks", str(ranks)]
     return [*arguments, "--resume"] if resume else arguments
 
 

@@ -176,9 +176,7 @@ def test_killed_in_a_later_segment_it_goes_on_with_the_ranks_of_late(tmp_path: P
     )
     train(tmp_path / "one", 1, *growing)
     directory = tmp_path / "grown"
-    arguments = run_arguments(directory, 1, *growing, "ranks={start: 1, max: 4, threads: 1}")
-    cut = arguments.index("--ranks")
-    arguments = [*arguments[:cut], *arguments[cut + 2 :]]
+    arguments = run_arguments(directory, None, *growing, "ranks={start: 1, max: 4, threads: 1}")
     with Job(directory, *arguments) as job:
         while job.process.poll() is None and 3 not in rank_processes(directory):
             pass
