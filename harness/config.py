@@ -1,8 +1,4 @@
-"""The configuration of a run: its schema, and how a YAML file with overrides becomes one.
-
-Every section is frozen, refuses unknown keys, and is strict about types: a count is a whole number,
-not a fraction or a boolean; no number is infinite or NaN.
-"""
+"""From a YAML file with overrides to a configuration, and back."""
 
 from __future__ import annotations
 
@@ -11,20 +7,13 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Any, get_args, get_origin
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ValidationError
 
+from harness.data_sizes import check_loadable
 from harness.errors import ConfigError
-from harness.units import Duration
+from harness.schema import Config
 from harness.yamlfile import (
     Document,
     Path_,
@@ -34,270 +23,6 @@ from harness.yamlfile import (
     read_yaml,
     shown,
 )
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        arbitrary_types_allowed=True,
-        validate_default=False,
-    )
-
-
-Count = Annotated[int, Field(ge=1, le=2**53)]
-Length = Annotated[
-    Duration,
-    BeforeValidator(Duration.parse),
-    PlainSerializer(str, return_type=str),
-]
-Rate = Annotated[float, Field(ge=0, le=1e30)]  # float32 holds it, with room to be scaled
-Factor = Annotated[float, Field(gt=0, le=1e30)]
-
-
-class Data(Section):
-    dataset: str
-    """digits, mnist."""
-    root: str | None = None
-    """Directory of the files; not needed for data that ships with a package."""
-    workers: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Loading processes per rank, for data that is decoded from files."""
-    augment: bool = True
-    """Random variants of the training images."""
-
-
-class Model(Section):
-    name: str
-    """lenet5, or your own as package.module:callable."""
-
-
-class FixedGrowth(Section):
-    policy: Literal["fixed"] = "fixed"
-
-
-class GeometricGrowth(Section):
-    """B0 · factor^⌊t / every⌋ (AdaBatch, Devarakonda et al. 2017)."""
-
-    policy: Literal["geometric"]
-    factor: Annotated[float, Field(ge=1)] = 2.0
-    """What the global batch is multiplied with at each growth."""
-    every: Length
-    """Length of a stage."""
-
-
-Growth = Annotated[FixedGrowth | GeometricGrowth, Field(discriminator="policy")]
-
-
-class Batch(Section):
-    initial: Count
-    """Global batch at the start, in samples."""
-    max: Count | None = None
-    """Cap of the global batch; a policy that asks for more gets a smaller rate instead."""
-    micro: Count | None = None
-    """Samples of one backward pass on one rank; default: 32, or initial where that is less."""
-    growth: Growth = FixedGrowth()
-    epoch_end: Literal["short", "carry"] = "short"
-    """Last update of an epoch: ``short`` takes what the epoch has left, ``carry`` is always full
-    and runs on into the next epoch."""
-
-    @property
-    def micro_batch(self) -> int:
-        return self.micro or min(32, self.initial)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.micro is not None and self.micro > self.initial:
-            raise ValueError(
-                f"batch.micro = {self.micro} is more than batch.initial = {self.initial}; "
-                f"a micro-batch holds at most one global batch: 1 to {self.initial}"
-            )
-        if self.max is not None and self.max < self.initial:
-            raise ValueError(f"batch.max = {self.max} is less than batch.initial = {self.initial}")
-        return self
-
-
-class Ranks(Section):
-    start: Count = 1
-    """Ranks of the first launch."""
-    max: Count | None = None
-    """Ranks that later launches may grow to; default: start."""
-    prefer: Literal["ranks", "accumulation"] = "ranks"
-    """What a growing batch is spread over first."""
-    threads: Count | None = None
-    """Threads of each rank; default: the host's cores divided by its ranks."""
-
-    @property
-    def ceiling(self) -> int:
-        return self.max or self.start
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.max is not None and self.max < self.start:
-            raise ValueError(f"ranks.max = {self.max} is less than ranks.start = {self.start}")
-        return self
-
-
-class Optimizer(Section):
-    name: Literal["sgd"] = "sgd"
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Rate = 0.0
-    nesterov: bool = False
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("optimizer.nesterov needs optimizer.momentum above 0")
-        return self
-
-
-class Warmup(Section):
-    kind: Literal["gradual"] = "gradual"
-    """gradual: in a straight line from the start rate to the scaled rate, update by update."""
-    duration: Length
-    start: Rate | None = None
-    """Rate at the first update; default: lr.base."""
-
-
-class NoDecay(Section):
-    kind: Literal["none"] = "none"
-
-
-class PolyDecay(Section):
-    """(1 − t)^power over the run, t from 0 to 1."""
-
-    kind: Literal["poly"]
-    power: Factor = 2.0
-
-
-class StepDecay(Section):
-    """factor^⌊t / every⌋."""
-
-    kind: Literal["step"]
-    every: Length
-    factor: Annotated[float, Field(gt=0, le=1)] = 0.1
-
-
-Decay = Annotated[NoDecay | PolyDecay | StepDecay, Field(discriminator="kind")]
-
-
-class LearningRate(Section):
-    base: Factor
-    """Rate for a global batch of base_batch."""
-    base_batch: Count | None = None
-    """Default: batch.initial."""
-    scaling: Literal["linear", "sqrt", "none"] = "linear"
-    """How the rate follows the global batch."""
-    warmup: Warmup | None = None
-    decay: Decay = NoDecay()
-    on_growth: Factor = 1.0
-    """The rate is multiplied with this each time the global batch grows."""
-
-
-class Comm(Section):
-    backend: Literal["horovod", "solo"] = "horovod"
-    """solo: a single process without Horovod."""
-    controller: Literal["mpi", "gloo"] = "mpi"
-    """What carries Horovod's collectives between CPUs."""
-    compression: Literal["none", "fp16"] = "none"
-    summation: Literal["float", "exact"] = "float"
-    """exact: the same weights to the last bit on any number of ranks, for twice the bytes."""
-    bucket_mb: Annotated[float, Field(gt=0, le=4096)] = 4.0
-    """Size of a gradient bucket in MiB of float32."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_bf16(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("compression") == "bf16":
-            raise ValueError(
-                "comm.compression = bf16: Horovod 0.28.1 cannot carry bfloat16 tensors; "
-                "valid are none and fp16"
-            )
-        return values
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.summation == "exact" and self.compression != "none":
-            raise ValueError(
-                f"comm.summation = exact cannot be compressed; use comm.compression=none instead "
-                f"of {self.compression}"
-            )
-        return self
-
-
-class Train(Section):
-    duration: Length
-    """Length of the run."""
-    eval_every: Length | None = Duration.parse("1ep")
-    """Time between evaluations on the test set; null: only at the end."""
-    checkpoint_every: Length | None = Duration.parse("1ep")
-    """Time between checkpoints; null: only at the end and on a stop request."""
-    keep_checkpoints: Annotated[int, Field(ge=2, le=2**53)] = 3
-    """How many of the newest checkpoints stay on disk; at least 2, so one may be broken."""
-    log_every: Count = 10
-    """Updates in one line of metrics.jsonl."""
-    precision: Literal["fp32"] = "fp32"
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        for name in ("duration", "eval_every", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and not value:
-                raise ValueError(f"train.{name} must be more than 0")
-        return self
-
-
-class Config(Section):
-    """One training run. ``harness plan CONFIG`` shows what it comes to."""
-
-    name: Annotated[str, Field(min_length=1, max_length=200)]
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    data: Data
-    model: Model
-    batch: Batch
-    ranks: Ranks = Ranks()
-    optimizer: Optimizer = Optimizer()
-    lr: LearningRate
-    comm: Comm = Comm()
-    train: Train
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        check_shares(self, self.ranks.start)
-        growth, warmup, decay = self.batch.growth, self.lr.warmup, self.lr.decay
-        for key, length in (
-            ("batch.growth.every", getattr(growth, "every", None)),
-            ("lr.decay.every", getattr(decay, "every", None)),
-            ("lr.warmup.duration", warmup and warmup.duration),
-        ):
-            if length is not None and not length:
-                raise ValueError(f"{key} must be more than 0")
-        total = self.train.duration
-        if warmup and warmup.duration.unit == total.unit and warmup.duration.value > total.value:
-            raise ValueError(
-                f"lr.warmup.duration = {warmup.duration} is longer than train.duration = {total}"
-            )
-        if self.comm.backend == "solo" and self.ranks.ceiling > 1:
-            raise ValueError(
-                f"comm.backend = solo is one process, but ranks asks for {self.ranks.ceiling}; "
-                "use comm.backend=horovod"
-            )
-        return self
-
-
-def check_shares(config: Config, ranks: int) -> None:
-    """Raise ValueError if some rank would never get a micro-batch of the initial global batch."""
-    pieces = -(-config.batch.initial // config.batch.micro_batch)
-    if pieces < ranks:
-        raise ValueError(
-            f"batch.initial = {config.batch.initial} in micro-batches of "
-            f"{config.batch.micro_batch} makes {pieces} for {ranks} ranks: some would idle; "
-            f"use batch.micro ≤ {config.batch.initial // ranks}, fewer ranks, or a larger batch"
-            if config.batch.initial >= ranks
-            else f"batch.initial = {config.batch.initial} is less than one sample for each of "
-            f"{ranks} ranks; use fewer ranks or a larger batch"
-        )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -315,6 +40,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate(document.data)
     except ValidationError as error:
         raise ConfigError(_explain(error, document, path)) from None
+
+
+def check_trainable(config: Config) -> None:
+    """Raise ConfigError or DataError for what can be planned but not, in this version, trained."""
+    check_loadable(config.data.dataset)
+    if config.optimizer.name != "sgd":
+        raise ConfigError(
+            f"optimizer.name = {config.optimizer.name} can be planned, but this version cannot "
+            "train with it; it can with sgd"
+        )
 
 
 def dump_config(config: Config) -> str:
@@ -415,13 +150,17 @@ def _explain(error: ValidationError, document: Document, path: Path) -> str:
         loc, sections = _locate(problem["loc"])
         sentence = _sentence(problem, loc, sections)
         named = _NAMED_KEY.match(sentence)
-        key = tuple(named[0].split(".")) if named else loc
+        key = _as_path(named[0]) if named else loc
         place = _nearest(document, key if key[: len(loc)] == loc else loc)
         lines.append(f"{place or path}: {sentence}")
     return "\n".join(dict.fromkeys(lines))
 
 
-_NAMED_KEY = re.compile(r"[a-z_]+(\.[a-z_]+)+(?=[ :])")
+_NAMED_KEY = re.compile(r"[a-z_]+(\.([a-z_]+|[0-9]+))+(?=[ :])")
+
+
+def _as_path(key: str) -> Path_:
+    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
 
 
 def _locate(loc: tuple[int | str, ...]) -> tuple[Path_, list[type[BaseModel]]]:

@@ -15,8 +15,18 @@ from pathlib import Path
 
 from harness.errors import DataError
 
-TRAIN_SIZES = {"digits": 1437, "mnist": 60000}
+TRAIN_SIZES = {
+    "digits": 1437,
+    "mnist": 60_000,
+    "fashion-mnist": 60_000,
+    "cifar10": 50_000,
+    "cifar100": 50_000,
+    "imagenet": 1_281_167,
+}
 """Published (or, for digits, our own) number of training samples of each data set by name."""
+
+LOADABLE = ("digits", "mnist")
+"""Those that this version can train on; the others can be planned."""
 
 ByteStream = BufferedReader | gzip.GzipFile
 FRESH_COPY = "replace it with a fresh copy"
@@ -43,6 +53,16 @@ def check_name(name: str) -> None:
     """Raises DataError, with the valid names, if no data set is called ``name``."""
     if name not in TRAIN_SIZES:
         raise DataError(f"unknown data set {name!r}; valid: {', '.join(sorted(TRAIN_SIZES))}")
+
+
+def check_loadable(name: str) -> None:
+    """Raises DataError if no data set is called ``name``, or this version cannot load it."""
+    check_name(name)
+    if name not in LOADABLE:
+        raise DataError(
+            f"data.dataset = {name} can be planned, but this version cannot train on it; it can on "
+            f"{', '.join(LOADABLE)}"
+        )
 
 
 def find_idx(root: Path, part: str, dimensions: int) -> Path | None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional
 
 from harness.comm.base import Communicator, allreduce
 from harness.data.datasets import ImageSplit
+
+I64 = npt.NDArray[np.int64]
 
 _BATCH = 250
 
@@ -22,15 +25,18 @@ class Evaluation:
     samples: int
 
 
-def evaluate(model: nn.Module, split: ImageSplit, comm: Communicator) -> Evaluation:
-    """Mean cross-entropy and top-1 accuracy over the split.
+def evaluate(
+    model: nn.Module, split: ImageSplit, comm: Communicator, samples: I64 | None = None
+) -> Evaluation:
+    """Mean cross-entropy and top-1 accuracy over the split, or over some of its samples (m,).
 
     Each rank takes an equal share, give or take one sample; sums travel in float64, so no sample is
     dropped or counted twice. The model is left in training mode.
     """
     model.eval()
-    bounds = [len(split) * i // comm.size for i in range(comm.size + 1)]
-    mine = np.arange(bounds[comm.rank], bounds[comm.rank + 1], dtype=np.int64)
+    chosen = np.arange(len(split), dtype=np.int64) if samples is None else samples
+    bounds = [len(chosen) * i // comm.size for i in range(comm.size + 1)]
+    mine = chosen[bounds[comm.rank] : bounds[comm.rank + 1]]
     sums = torch.zeros(3, dtype=torch.float64)
     with torch.inference_mode():
         for start in range(0, len(mine), _BATCH):
@@ -42,5 +48,5 @@ def evaluate(model: nn.Module, split: ImageSplit, comm: Communicator) -> Evaluat
                 (losses.double().sum(), correct.double(), torch.tensor(len(labels)).double())
             )
     model.train()
-    loss, correct_count, samples = allreduce(comm, sums, "evaluation").tolist()
-    return Evaluation(loss / samples, correct_count / samples, int(samples))
+    loss, correct_count, total = allreduce(comm, sums, "evaluation").tolist()
+    return Evaluation(loss / total, correct_count / total, int(total))

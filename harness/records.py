@@ -36,7 +36,9 @@ Record = dict[str, Any]
 # Events that belong to the trajectory: a resumed run writes them again, so those past the
 # checkpoint are cut. All others (start, restart, fault, stop) tell what happened to the processes
 # and stay.
-TRAJECTORY_EVENTS = frozenset({"stage", "evaluation", "checkpoint", "skipped_update", "end"})
+TRAJECTORY_EVENTS = frozenset(
+    {"stage", "decision", "evaluation", "checkpoint", "skipped_update", "end"}
+)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,9 @@ class _Bucket:
     compressed: bool = False
     total: torch.Tensor | None = None
     """Exact summation only: int64, in units of 2^-50."""
+    before: torch.Tensor | None = None
+    """What ``flat`` held before this micro-batch, where the norms of micro-batches are wanted and
+    ``flat`` holds their sum."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ class Reduced:
     """False: some gradient is inf or NaN; the update must be skipped."""
     bytes_sent: int
     """Payload that this rank handed to the communicator."""
+    micro_norm2: float | None = None
+    """Sum over the update's micro-batches, on all ranks, of the squared L2 norm of what each one
+    adds to the gradient, if asked for."""
 
 
 class GradientReducer:
@@ -88,11 +94,15 @@ class GradientReducer:
         compression: Literal["none", "fp16"] = "none",
         bucket_bytes: int = 4 << 20,
         summation: Literal["float", "exact"] = "float",
+        micro_norms: bool = False,
     ) -> None:
+        """``micro_norms``: measure ``Reduced.micro_norm2``, from which the gradient noise scale
+        follows; costs two passes over the gradient for each micro-batch."""
         if compression != "none" and summation == "exact":
             raise ValueError("exact summation cannot be compressed")
         self._comm = comm
         self._bound = 0.0
+        self._micro_norm2 = torch.zeros((), dtype=torch.float64) if micro_norms else None
         self._fp16 = compression == "fp16"
         self._buckets = _fill_buckets(model, bucket_bytes)
         self._of: dict[nn.Parameter, _Bucket] = {}
@@ -104,6 +114,8 @@ class GradientReducer:
                 bucket.wire = torch.empty_like(bucket.flat, dtype=torch.float16)
             if summation == "exact":
                 bucket.total = torch.empty_like(bucket.flat, dtype=torch.int64)
+            elif micro_norms:
+                bucket.before = torch.empty_like(bucket.flat)
             for parameter, view in bucket.views:
                 parameter.grad = view
                 self._of[parameter] = bucket
@@ -118,8 +130,12 @@ class GradientReducer:
         self._remaining = micro_batches
         self._armed = False
         self._bound = 0.0
+        if self._micro_norm2 is not None:
+            self._micro_norm2.zero_()
         for bucket in self._buckets:
             bucket.flat.zero_()
+            if bucket.before is not None:
+                bucket.before.zero_()
             if bucket.total is not None:
                 bucket.total.zero_()
             bucket.waiting = len(bucket.views)
@@ -144,7 +160,8 @@ class GradientReducer:
         for bucket in self._buckets:
             if not bucket.sent:
                 self._send(bucket)
-        small = torch.tensor([*extras, self._bound], dtype=torch.float64)
+        measured = [] if self._micro_norm2 is None else [float(self._micro_norm2)]
+        small = torch.tensor([*extras, self._bound, *measured], dtype=torch.float64)
         handle = self._comm.allreduce_async(small, "extras")
         sent = small.nbytes
         norms = []
@@ -154,13 +171,13 @@ class GradientReducer:
             if self._fp16:
                 norms.append(torch.linalg.vector_norm(bucket.flat, math.inf))
         self._comm.wait(handle)
-        *sums, bound = small.tolist()
+        *sums, bound = small[: len(extras) + 1].tolist()
         values = torch.stack(norms).tolist()
         norm = math.sqrt(sum(v * v for v in values[:: 2 if self._fp16 else 1]))
         finite = math.isfinite(norm) and bound < _EXACT_LIMIT  # false for a NaN too
         if self._fp16:
             self._agree_exponents(values[1::2], finite)
-        return Reduced(sums, norm, finite, sent)
+        return Reduced(sums, norm, finite, sent, float(small[-1]) if measured else None)
 
     def state_dict(self) -> dict[str, Any]:
         """What the next update's arithmetic depends on."""
@@ -191,12 +208,23 @@ class GradientReducer:
     def _fold(self, bucket: _Bucket) -> None:
         """Exact summation: move what the bucket holds into its integer total."""
         self._collect_strays(bucket)
+        self._measure(bucket)
         if bucket.total is None:
             return
         # Sums of the largest magnitudes bound every element's sum, over ranks too.
         self._bound += float(torch.linalg.vector_norm(bucket.flat, math.inf))
         bucket.total += bucket.flat.mul_(2.0**_UNIT_EXPONENT).round_().to(torch.int64)
         bucket.flat.zero_()
+
+    def _measure(self, bucket: _Bucket) -> None:
+        """Count this micro-batch's part in the sum of squared norms, if it is wanted."""
+        if self._micro_norm2 is None:
+            return
+        part = bucket.flat
+        if bucket.before is not None:
+            part = bucket.flat - bucket.before
+            bucket.before.copy_(bucket.flat)
+        self._micro_norm2 += torch.linalg.vector_norm(part).double().square()
 
     @staticmethod
     def _collect_strays(bucket: _Bucket) -> None:

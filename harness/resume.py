@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from harness.config import Config, dump_config
+from harness.config import dump_config
 from harness.errors import RunDirectoryError
 from harness.records import TRAJECTORY_EVENTS, RunDirectory, read_jsonl
+from harness.schema import Config
 from harness.yamlfile import parse_yaml, read_yaml
 
 # Keys that do not change what is computed, only how and where; a resumed run may change them.
 _FREE = frozenset(
     {
+        "paper",
         "data.root",
         "data.workers",
         "ranks.start",
         "ranks.max",
         "ranks.prefer",
+        "ranks.per_node",
         "ranks.threads",
         "comm.backend",
         "comm.controller",
@@ -31,7 +34,7 @@ def check_same_run(config: Config, run: RunDirectory) -> None:
     changed = [
         f"{key}: {before.get(key)} → {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key not in _FREE
+        if before.get(key) != after.get(key) and key not in _FREE and not key.startswith("paper.")
     ]
     if changed:
         raise RunDirectoryError(

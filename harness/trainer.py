@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from harness.buffers import averaged_buffers, gather_buffers, restore_buffers
 from harness.comm.base import Communicator
-from harness.config import Config
 from harness.data.datasets import ImageData
-from harness.data.sampler import GlobalBatchSampler, MicroBatch
+from harness.data.sampler import GlobalBatchSampler, MicroBatch, permute
 from harness.errors import ConfigError, HarnessError, StoppedEarly
 from harness.evaluate import Evaluation, evaluate
 from harness.journal import Journal
@@ -22,14 +22,18 @@ from harness.profiler import PhaseClock
 from harness.progress import Display, Pace, Status
 from harness.reducer import GradientReducer, Reduced
 from harness.schedule.clock import Clock, step, update_size
-from harness.schedule.growth import BatchDecision, StageScheduler, growth_policy
+from harness.schedule.configured import rate_schedule, stage_scheduler
+from harness.schedule.growth import BatchDecision, Observation
+from harness.schedule.measured import Noise, noise_terms
 from harness.schedule.plan import Decomposition, decompose, ranks_for, run_end
-from harness.schedule.rates import Rates, rate_schedule
+from harness.schedule.rates import Rates
+from harness.schema import Config
 from harness.stop import StopRequest
 from harness.units import Duration
 from harness.window import Window
 
 _MAX_SKIPPED = 10
+_LOSS_SAMPLE = 0x6C6F7373  # keeps the keys of loss samples apart from all others
 
 
 class Trainer:
@@ -56,9 +60,7 @@ class Trainer:
         size = len(data.train)
         self.clock = Clock(0, 0, size)
         self._end = run_end(config, size)
-        self._scheduler = StageScheduler(
-            growth_policy(config.batch.initial, config.batch.growth), config.batch.max
-        )
+        self._scheduler = stage_scheduler(config.batch, self._agree)
         self._rates = rate_schedule(config)
         self._sampler = GlobalBatchSampler(size, config.seed, config.batch.micro_batch)
         self._augment = data.augmentation if config.data.augment else None
@@ -68,6 +70,7 @@ class Trainer:
             config.comm.compression,
             int(config.comm.bucket_mb * 2**20),
             config.comm.summation,
+            micro_norms=self._measures_noise,
         )
         self._optimizer = torch.optim.SGD(
             model.parameters(),
@@ -94,7 +97,7 @@ class Trainer:
         """
         self._model.train()
         while not self._end.reached(self.clock):
-            decision = self._scheduler.decide(self.clock)
+            decision = self._decide()
             pieces = decompose(decision.batch, self._config.batch.micro_batch, self._comm.size)
             if decision.stage != self._stage:
                 self._enter_stage(decision, pieces)
@@ -140,6 +143,46 @@ class Trainer:
             self._evaluation = Evaluation(**state["evaluation"])
         self._window = Window.from_state(state["window"])
 
+    @property
+    def _measures_noise(self) -> bool:
+        measured = self._scheduler.measured
+        return measured is not None and measured.needs_noise
+
+    def _decide(self) -> BatchDecision:
+        """The global batch of the next update, after measuring what the decision needs."""
+        due, wanted = self._scheduler.due(self.clock), self._scheduler.wanted(self.clock)
+        loss = None if wanted is None else self._training_loss(wanted.samples)
+        decision = self._scheduler.decide(self.clock, loss)
+        if due:
+            self._journal.event(
+                "decision",
+                self.clock.updates,
+                samples_seen=self.clock.samples,
+                epoch=self.clock.epoch,
+                global_batch=decision.batch,
+                asked=decision.asked,
+                training_loss=loss,
+                reason=decision.reason,
+            )
+        return decision
+
+    def _agree(self, asked: int) -> int:
+        """Rank 0's decision, on every rank: the last bit of a sum may differ between machines."""
+        decided = torch.tensor([asked], dtype=torch.int64)
+        self._comm.broadcast(decided, "growth")
+        return int(decided)
+
+    def _training_loss(self, count: int | None) -> float:
+        """Mean loss over ``count`` training samples, drawn anew each time (None: over all), as
+        evaluation sees them: without augmentation or dropout."""
+        size = len(self._data.train)
+        samples = None
+        if count is not None and count < size:
+            key = fold_key(self._config.seed, _LOSS_SAMPLE, self.clock.samples)
+            samples = permute(np.arange(count, dtype=np.uint64), size, key).astype(np.int64)
+        with averaged_buffers(self._model, gather_buffers(self._model, self._comm)):
+            return evaluate(self._model, self._data.train, self._comm, samples).loss
+
     def _enter_stage(self, decision: BatchDecision, pieces: Decomposition) -> None:
         self._flush_window()  # a line holds updates of one stage only
         wanted = ranks_for(decision.batch, self._config.batch, self._config.ranks)
@@ -171,6 +214,7 @@ class Trainer:
         reduced = self._reducer.finish([loss_sum, asked_to_stop])
         self._phases.mark("comm_exposed")
         before, self.clock = self.clock, step(self.clock, size)
+        self._observe(size, reduced)
         self._apply(rates, reduced)
         self._phases.mark("optimizer")
         self._account(size, decision, pieces, rates, reduced)
@@ -178,6 +222,16 @@ class Trainer:
         self._show(decision, pieces, reduced.extras[0] / size, news)
         if reduced.extras[1] > 0 and not self._end.reached(self.clock):
             self._stop_with_checkpoint("asked to stop")
+
+    def _observe(self, size: int, reduced: Reduced) -> None:
+        """Tell the growth policy what this update has measured."""
+        noise = None
+        if reduced.micro_norm2 is not None:
+            micro = min(self._config.batch.micro_batch, size)
+            squares = size // micro * micro**2 + (size % micro) ** 2
+            noise = noise_terms(size, squares, reduced.micro_norm2, reduced.grad_norm**2)
+        loss = reduced.extras[0] / size
+        self._scheduler.observe(self.clock, Observation(size, loss, reduced.grad_norm, noise))
 
     def _accumulate(self, size: int) -> float:
         """Forward and backward over this rank's micro-batches; returns their summed loss."""
@@ -257,12 +311,16 @@ class Trainer:
             "lr": rates.lr,
             "momentum": rates.momentum,
             "grad_norm": reduced.grad_norm,
-            "noise_scale": None,  # not measured yet
+            "noise_scale": self._noise_scale(),
             "distance_from_init": None,  # not measured yet
         }
         self._window.add(size, reduced.extras[0], reduced.bytes_sent, seconds, latest)
         if self._window.updates >= self._config.train.log_every:
             self._flush_window()
+
+    def _noise_scale(self) -> float | None:
+        policy = self._scheduler.policy
+        return policy.scale if isinstance(policy, Noise) else None
 
     def _flush_window(self) -> None:
         if self._window.updates:

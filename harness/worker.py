@@ -16,7 +16,7 @@ import torch
 
 from harness import checkpoint, environment
 from harness.comm import Communicator, allreduce, broadcast_bytes, open_communicator
-from harness.config import Config, dump_config, load_config
+from harness.config import check_trainable, dump_config, load_config
 from harness.data.datasets import load
 from harness.errors import HarnessError, PeerLost, RunDirectoryError, StoppedEarly
 from harness.evaluate import Evaluation
@@ -35,6 +35,7 @@ from harness.records import (
 )
 from harness.resume import check_same_run
 from harness.schedule.plan import build_plan
+from harness.schema import Config
 from harness.stop import StopRequest
 from harness.trainer import Trainer
 
@@ -72,6 +73,7 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: Path, resume: bo
     comm: Communicator | None = None
     try:
         config = load_config(config_path, overrides)
+        check_trainable(config)
         _set_threads(config)
         comm = open_communicator(config.comm.backend)
         _run(config, RunDirectory(run_dir), resume, comm)

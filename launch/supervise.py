@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from harness import environment
-from harness.config import Config, load_config
+from harness.config import check_trainable, load_config
 from harness.data_sizes import train_size
 from harness.errors import (
     ConfigError,
@@ -30,6 +30,7 @@ from harness.progress import local_display
 from harness.records import RunDirectory, RunLock, check_unlocked, read_jsonl
 from harness.resume import check_same_run, has_finished
 from harness.schedule.plan import build_plan
+from harness.schema import Config
 from launch import horovodrun, mpirun
 from launch.execute import Ended, execute
 from launch.hosts import check_slots, fill, parse_hosts, this_host
@@ -64,6 +65,7 @@ def run(request: RunRequest) -> int:
     if request.ranks is not None:
         request = _with_ranks(request, request.ranks)
     config = load_config(request.config_path, request.overrides)
+    check_trainable(config)
     hosts = parse_hosts(request.hosts) if request.hosts else this_host()
     build_plan(config, train_size(config.data.dataset, config.data.root))  # refuses what it can
     directory = RunDirectory(_run_directory(request, config))

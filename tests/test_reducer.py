@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -200,6 +201,34 @@ def test_exact_summation_refuses_what_its_integers_cannot_hold() -> None:
         for _ in range(2):
             reducer.backward((weight * gradient / 2).sum())
         assert reducer.finish().finite == expected
+
+
+@pytest.mark.parametrize("summation", ["float", "exact"])
+@pytest.mark.parametrize("bucket_bytes", [64, 1 << 20])
+def test_norms_of_micro_batches(summation: Literal["float", "exact"], bucket_bytes: int) -> None:
+    cuts = [3, 5, 1, 4]
+    model = network()
+    reducer = GradientReducer(
+        model, SoloCommunicator(), "none", bucket_bytes, summation, micro_norms=True
+    )
+    images, labels = batch(sum(cuts))
+    alone = 0.0
+    for x, y in zip(images.split(cuts), labels.split(cuts), strict=True):
+        single = network().double()
+        functional.cross_entropy(single(x.double()), y, reduction="sum").div(13).backward()
+        alone += sum(float(g.square().sum()) for g in gradients(single))
+    for _ in range(2):  # a second update starts anew
+        reduced = run_update(model, reducer, cuts, extras=(2.5,))
+        assert reduced.micro_norm2 == pytest.approx(alone, rel=1e-5)
+        assert reduced.extras == [2.5]
+    wanted = math.sqrt(sum(float(g.square().sum()) for g in reference(13)))
+    assert reduced.grad_norm == pytest.approx(wanted, rel=1e-5)
+
+
+def test_norms_of_micro_batches_cost_nothing_unless_asked_for() -> None:
+    model = network()
+    reduced = run_update(model, GradientReducer(model, SoloCommunicator()), [3, 4])
+    assert reduced.micro_norm2 is None
 
 
 def test_the_scale_is_part_of_the_state() -> None:

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from harness.checkpoint import load_state, newest_valid
 from harness.comm import SoloCommunicator
-from harness.config import Config, load_config
+from harness.config import check_trainable, load_config
 from harness.data.augment import Affine
 from harness.data.datasets import ImageData, ImageSplit
-from harness.errors import HarnessError, StoppedEarly
+from harness.errors import HarnessError, StoppedEarly, UsageError
 from harness.journal import Journal
 from harness.progress import Silent
 from harness.records import Position, RunDirectory, rewind
 from harness.schedule.plan import build_plan
+from harness.schema import Config
 from harness.stop import StopRequest
 from harness.trainer import Trainer
 
@@ -193,6 +194,60 @@ def test_stopped_at_any_update_and_resumed_it_is_the_same_run(tmp_path: Path) ->
         resumed, _ = go(cfg, directory, resume=True)
         assert same_weights(resumed, undisturbed), update
         assert comparable(directory) == comparable(tmp_path / "whole"), update
+
+
+MEASURED = {
+    "loss": "{policy: loss, optimum: estimate, memory: 20sa, dwell: 30sa}",
+    "sampled loss": "{policy: loss, loss: sample, sample: 20, dwell: 4up, limit: 1.5}",
+    "full loss": "{policy: loss, loss: full, dwell: 1ep, wait: 2ep}",
+    "rolling": "{policy: rolling, memory: 10up, wait: 3up, dwell: 2up}",
+    "noise": "{policy: noise, memory: 8up, dwell: 3up, ratio: 4}",
+    "plateau": "{policy: plateau, patience: 1, dwell: 40sa}",
+}
+
+
+@pytest.mark.parametrize("policy", MEASURED)
+def test_growth_by_measurement_goes_on_as_it_was_from_any_update(
+    policy: str, tmp_path: Path
+) -> None:
+    shrink = "true" if policy in ("noise", "full loss") else "false"
+    batch = f"{{initial: 6, max: 24, micro: 3, shrink: {shrink}, growth: {MEASURED[policy]}}}"
+    cfg = config(tmp_path, f"batch={batch}", "train.duration=4ep", "lr.scaling=none")
+    undisturbed, _ = go(cfg, tmp_path / "whole")
+    decisions = [e for e in read(tmp_path / "whole" / "events.jsonl") if e["kind"] == "decision"]
+    assert len({e["global_batch"] for e in decisions}) > 1, "a test of growth needs some"
+    assert all(e["reason"].startswith(policy.split()[-1]) for e in decisions)
+    for update in range(1, undisturbed.clock.updates, 5):
+        directory = tmp_path / f"stopped-{update}"
+        with pytest.raises(StoppedEarly, match=f"after update {update}:"):
+            go(cfg, directory, StopAfter(update))
+        resumed, _ = go(cfg, directory, resume=True)
+        assert same_weights(resumed, undisturbed), update
+        assert comparable(directory) == comparable(tmp_path / "whole"), update
+
+
+def test_growth_by_measurement_stays_within_the_bounds_of_the_plan(tmp_path: Path) -> None:
+    growth = "{policy: noise, memory: 8up, dwell: 20sa, ratio: 100, limit: 1.5}"
+    batch = f"{{initial: 6, max: 48, micro: 3, multiple_of: 3, growth: {growth}}}"
+    cfg = config(tmp_path, f"batch={batch}", "train={duration: 4ep, log_every: 1}")
+    trainer, _ = go(cfg, tmp_path / "run")
+    plan = build_plan(cfg, SIZE)
+    assert plan.fastest is not None
+    fewest, most = (sum(s.updates for s in p.stages) for p in (plan.fastest, plan))
+    assert fewest <= trainer.clock.updates <= most
+    for line in read(tmp_path / "run" / "metrics.jsonl"):
+        before = line["samples_seen"] - 1
+        bound = next(s for s in plan.fastest.stages if before < s.end_sample)
+        assert 6 <= line["global_batch"] <= bound.global_batch
+        assert line["global_batch"] % 3 == 0
+
+
+@pytest.mark.parametrize(
+    "setting", ["optimizer.name=lars", "data.dataset=cifar10", "data.dataset=imagenet"]
+)
+def test_what_can_only_be_planned_is_refused_before_it_starts(setting: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="can be planned, but this version cannot train"):
+        check_trainable(config(tmp_path, setting))
 
 
 def test_killed_after_any_checkpoint_it_is_the_same_run_record_for_record(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from harness.data.augment import Augmentation
-from harness.data_sizes import check_name
+from harness.data_sizes import check_loadable
 
 I64 = npt.NDArray[np.int64]
 
@@ -100,7 +100,7 @@ LOADERS = {
 
 def load(name: str, root: Path | None) -> ImageData:
     """Load a data set by name; raises DataError for an unknown name or files that do not fit."""
-    check_name(name)
+    check_loadable(name)
     loader: Callable[[Path | None], ImageData] = import_module(LOADERS[name]).load
     return loader(root)
 

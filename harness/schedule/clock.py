@@ -7,6 +7,7 @@ knows beforehand: the run's last update takes what is left, and so does an epoch
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
@@ -34,10 +35,36 @@ class Clock:
 
     def fraction(self, length: Duration) -> float:
         """This point as a fraction of a length that began with the run; 1.0 at its end."""
-        if length.unit == "up":
-            return float(self.updates / length.value)
-        total = length.value * (self.dataset_size if length.unit == "ep" else 1)
-        return float(Fraction(self.samples) / total)
+        return self.between(None, length)
+
+    def between(self, begin: Duration | None, end: Duration) -> float:
+        """This point as a fraction of the way from ``begin`` (None: the start of the run) to
+        ``end``, both counted from the start; 0.0 before it, above 1.0 past it.
+
+        Raises ValueError if one is in updates and the other is not.
+        """
+        first, last = self._units(begin, end), self._units(end, end)
+        if last <= first:
+            return 1.0
+        here = self.updates if end.unit == "up" else self.samples
+        return max(0.0, float((here - first) / (last - first)))
+
+    def periods(self, begin: Duration | None, every: Duration) -> Fraction:
+        """How many lengths of ``every`` lie between ``begin`` and this point, exactly; 0 before it.
+
+        Raises ValueError if one is in updates and the other is not.
+        """
+        here = self.updates if every.unit == "up" else self.samples
+        first, length = self._units(begin, every), self._units(every, every)
+        return max(Fraction(0), (here - first) / length)
+
+    def _units(self, length: Duration | None, beside: Duration) -> Fraction:
+        """A length in updates or, exactly, in samples."""
+        if length is None:
+            return Fraction(0)
+        if (length.unit == "up") != (beside.unit == "up"):
+            raise ValueError(f"{length} and {beside} cannot be set against each other")
+        return length.value * (self.dataset_size if length.unit == "ep" else 1)
 
 
 @dataclass(frozen=True)
@@ -89,6 +116,32 @@ def advance(clock: Clock, batch: int, updates: int, epoch_end: EpochEnd, end: Li
     if end.samples is not None:
         s = min(s, end.samples)
     return replace(clock, samples=s, updates=clock.updates + updates)
+
+
+def updates_by_size(
+    clock: Clock, batch: int, updates: int, epoch_end: EpochEnd, end: Limit
+) -> dict[int, int]:
+    """How many of the next updates take how many samples: sizes, with how many updates have each.
+
+    ``updates`` of one global batch, none of them past ``end``. At most four sizes: full, the end of
+    the epoch that the first update lies in, the end of later epochs, and the end of the run.
+    """
+    if not updates:
+        return {}
+    n, earlier = clock.dataset_size, updates - 1  # the end cuts none of the earlier ones
+    last = advance(clock, batch, earlier, epoch_end, end)
+    counts = Counter({update_size(last, batch, epoch_end, end): 1})
+    per_epoch = -(-n // batch)
+    left = n - clock.samples % n
+    finishing = -(-left // batch)
+    if epoch_end == "carry" or batch > n or earlier < finishing:
+        counts[batch] += earlier
+    else:
+        epochs, rest = divmod(earlier - finishing, per_epoch)
+        counts[left - (finishing - 1) * batch] += 1
+        counts[n - (per_epoch - 1) * batch] += epochs
+        counts[batch] += finishing - 1 + epochs * (per_epoch - 1) + rest
+    return {size: count for size, count in counts.items() if count}
 
 
 def updates_until(clock: Clock, batch: int, limit: Limit, epoch_end: EpochEnd) -> int:

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from harness.config import Batch, Config, Ranks
 from harness.errors import ConfigError
 from harness.schedule.clock import Clock, Limit, advance, step, update_size, updates_until
-from harness.schedule.growth import BatchDecision, StageScheduler, growth_policy
-from harness.schedule.rates import rate_schedule
+from harness.schedule.configured import rate_schedule, stage_scheduler
+from harness.schedule.growth import StageScheduler
+from harness.schema import Batch, Config, Ranks
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ class Stage:
     lr_start: float
     lr_end: float
     momentum: float
+    momentum_end: float
+    effective_lr_start: float
+    """Rate / (1 − momentum)."""
+    effective_lr_end: float
     reason: str
 
 
@@ -82,6 +86,9 @@ class Plan:
     dataset_size: int
     updates_at_initial: int
     """Updates that the same samples would take at the initial global batch."""
+    fastest: Plan | None = None
+    """For growth that is decided from measurements: the most that it may come to. ``stages`` is
+    then the least, the initial batch throughout."""
 
     def as_dict(self) -> dict[str, Any]:
         """The form of plan.json and of ``harness plan --json``."""
@@ -105,11 +112,12 @@ class Plan:
             "updates": sum(row.updates for row in self.stages),
             "updates_at_initial_batch": self.updates_at_initial,
         }
-        return {
+        plan = {
             "stages": [asdict(row) for row in self.stages],
             "segments": segments,
             "totals": totals,
         }
+        return plan if self.fastest is None else plan | {"fastest": self.fastest.as_dict()}
 
 
 def run_end(config: Config, dataset_size: int) -> Limit:
@@ -120,11 +128,24 @@ def run_end(config: Config, dataset_size: int) -> Limit:
 def build_plan(config: Config, dataset_size: int, ranks: int | None = None) -> Plan:
     """The plan of a run; with ``ranks``, on that many ranks from start to end.
 
-    Raises ConfigError for what only the data set's size can tell.
+    Growth that is decided from measurements has bounds instead: the plan of the slowest, with that
+    of the fastest in ``fastest``. Raises ConfigError for what only the data set's size can tell.
     """
     _check_lengths(config, dataset_size)
+    scheduler = stage_scheduler(config.batch)
+    slowest, fastest = scheduler.bounds()
+    plan = _follow(slowest, config, dataset_size, ranks)
+    if scheduler.measured is not None:
+        plan = replace(plan, fastest=_follow(fastest, config, dataset_size, ranks))
+    _check_reached(config, plan)
+    return plan
+
+
+def _follow(
+    scheduler: StageScheduler, config: Config, dataset_size: int, ranks: int | None
+) -> Plan:
     rows: list[Stage] = []
-    for row in _walk(config, dataset_size, ranks):
+    for row in _walk(scheduler, config, dataset_size, ranks):
         if rows and rows[-1].stage == row.stage:
             rows[-1] = replace(
                 rows[-1],
@@ -132,6 +153,8 @@ def build_plan(config: Config, dataset_size: int, ranks: int | None = None) -> P
                 end_epoch=row.end_epoch,
                 updates=rows[-1].updates + row.updates,
                 lr_end=row.lr_end,
+                momentum_end=row.momentum_end,
+                effective_lr_end=row.effective_lr_end,
                 asked=row.asked,
             )
         else:
@@ -143,10 +166,11 @@ def build_plan(config: Config, dataset_size: int, ranks: int | None = None) -> P
     return Plan(tuple(rows), dataset_size, alone)
 
 
-def _walk(config: Config, dataset_size: int, ranks: int | None) -> Iterator[Stage]:
-    """Stretches between the points at which the policy may ask for another batch."""
+def _walk(
+    scheduler: StageScheduler, config: Config, dataset_size: int, ranks: int | None
+) -> Iterator[Stage]:
+    """Stretches between the points at which another batch may be decided on."""
     batch, end = config.batch, run_end(config, dataset_size)
-    scheduler = StageScheduler(growth_policy(batch.initial, batch.growth), batch.max)
     rates = rate_schedule(config)
     clock = Clock(0, 0, dataset_size)
     segment, running = -1, 0
@@ -155,12 +179,15 @@ def _walk(config: Config, dataset_size: int, ranks: int | None) -> Iterator[Stag
         wanted = ranks or max(running, ranks_for(decision.batch, batch, config.ranks))
         if wanted != running:
             segment, running = segment + 1, wanted
-        stretch = _updates_in_stretch(scheduler, clock, decision, config, end)
+        change = scheduler.next_change(clock)
+        stretch = min(
+            updates_until(clock, decision.batch, limit, batch.epoch_end)
+            for limit in ((end,) if change is None else (end, change))
+        )
         last = advance(clock, decision.batch, stretch - 1, batch.epoch_end, end)
         after = step(last, update_size(last, decision.batch, batch.epoch_end, end))
-        pieces = decompose(decision.batch, batch.micro_batch, running)
-        first_rates = rates.at(clock, decision)
         at_last = scheduler.decide(last)
+        first_rates, last_rates = rates.at(clock, decision), rates.at(last, at_last)
         yield Stage(
             stage=decision.stage,
             segment=segment,
@@ -170,34 +197,44 @@ def _walk(config: Config, dataset_size: int, ranks: int | None) -> Iterator[Stag
             end_epoch=after.epoch,
             updates=stretch,
             global_batch=decision.batch,
-            **asdict(pieces),
+            **asdict(decompose(decision.batch, batch.micro_batch, running)),
             asked=at_last.asked,
             lr_start=first_rates.lr,
-            lr_end=rates.at(last, at_last).lr,
+            lr_end=last_rates.lr,
             momentum=first_rates.momentum,
+            momentum_end=last_rates.momentum,
+            effective_lr_start=first_rates.effective,
+            effective_lr_end=last_rates.effective,
             reason=decision.reason,
         )
         clock = after
 
 
-def _updates_in_stretch(
-    scheduler: StageScheduler, clock: Clock, decision: BatchDecision, config: Config, end: Limit
-) -> int:
-    # Past the cap only the rate follows what the policy asks for: one stretch to the end.
-    capped = decision.asked > decision.batch
-    change = None if capped else scheduler.policy.next_change(clock)
-    limits = [end] if change is None else [end, change]
-    return min(
-        updates_until(clock, decision.batch, limit, config.batch.epoch_end) for limit in limits
-    )
-
-
 def _check_lengths(config: Config, dataset_size: int) -> None:
-    """Refuse a warmup longer than the run; epochs against samples needs the data set's size."""
-    warmup, total = config.lr.warmup, config.train.duration
-    if warmup is None or (warmup.duration.unit == "up") != (total.unit == "up"):
+    """Refuse lengths past the run's end; epochs against samples needs the data set's size."""
+    total = config.train.duration
+    warmup = config.lr.warmup
+    for key, length in (
+        ("lr.warmup.duration", warmup and warmup.duration),
+        ("lr.decay.begin", getattr(config.lr.decay, "begin", None)),
+    ):
+        if not length or (length.unit == "up") != (total.unit == "up"):
+            continue
+        if length.boundary(1, dataset_size) > total.boundary(1, dataset_size):
+            raise ConfigError(f"{key} = {length} is longer than train.duration = {total}")
+
+
+def _check_reached(config: Config, plan: Plan) -> None:
+    """Refuse a warmup that the run does not reach the end of, where one is in updates and the other
+    is not; with growth from measurements, one that no growth at all would let it reach."""
+    warmup = config.lr.warmup
+    if warmup is None:
         return
-    if warmup.duration.boundary(1, dataset_size) > total.boundary(1, dataset_size):
+    last = Clock(
+        plan.stages[-1].end_sample, sum(row.updates for row in plan.stages), plan.dataset_size
+    )
+    if warmup.duration.passed(last.samples, last.updates, last.dataset_size) < 1:
+        length = f"{last.epoch:g}ep, {last.updates}up"
         raise ConfigError(
-            f"lr.warmup.duration = {warmup.duration} is longer than train.duration = {total}"
+            f"lr.warmup.duration = {warmup.duration} is longer than the run, which takes {length}"
         )

@@ -71,6 +71,25 @@ def test_growing_by_ranks_follows_the_trajectory_of_one_rank(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("policy", ["{policy: noise}", "{policy: loss, loss: sample, sample: 300}"])
+def test_growth_by_measurement_does_not_depend_on_the_ranks(policy: str, tmp_path: Path) -> None:
+    measured = (
+        *EXACT,
+        f"batch={{initial: 32, max: 512, micro: 8, growth: {policy}}}",
+        "lr={base: 0.05, scaling: none}",
+        "train.duration=6ep",
+    )
+    train(tmp_path / "one", 1, *measured)
+    train(tmp_path / "three", 3, *measured)
+    batches = [
+        [e["global_batch"] for e in events(tmp_path / run, "decision")] for run in ("one", "three")
+    ]
+    assert batches[0] == batches[1]
+    assert len(set(batches[0])) > 2, "it should have grown"
+    assert identical(weights(tmp_path / "three"), weights(tmp_path / "one"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "controller"), [("horovodrun", "gloo"), ("mpirun", "mpi")])
 def test_a_dead_rank_ends_the_job_and_is_named(
     launcher: str, controller: str, tmp_path: Path

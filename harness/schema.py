@@ -1,0 +1,589 @@
+"""The schema of a configuration: every key, its type, its default and its limits.
+
+Every section is frozen, refuses unknown keys, and is strict about types: a count is a whole number,
+not a fraction or a boolean; no number is infinite or NaN.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    model_validator,
+)
+
+from harness.units import Duration
+from harness.yamlfile import shown
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        arbitrary_types_allowed=True,
+        validate_default=False,
+    )
+
+
+Count = Annotated[int, Field(ge=1, le=2**53)]
+Length = Annotated[
+    Duration,
+    BeforeValidator(Duration.parse),
+    PlainSerializer(str, return_type=str),
+]
+Rate = Annotated[float, Field(ge=0, le=1e30)]  # float32 holds it, with room to be scaled
+Factor = Annotated[float, Field(gt=0, le=1e30)]
+
+
+def _number(value: object, least: float, valid: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least < value <= 1e30:
+        raise ValueError(f"must be {valid}, not {shown(value)}")
+    return float(value)
+
+
+def _factors(value: object) -> float | list[float]:
+    valid = "a number more than 0 and at most 1e30, or a list of such numbers"
+    if not isinstance(value, list):
+        return _number(value, 0.0, valid)
+    if not value:
+        raise ValueError(f"must be {valid}, not an empty list")
+    return [_number(factor, 0.0, valid) for factor in value]
+
+
+def _optimum(value: object) -> float | Literal["estimate"]:
+    if value == "estimate":
+        return "estimate"
+    return _number(value, -1e30, "a number or estimate")
+
+
+class Printed(Section):
+    """One result as its source prints it."""
+
+    metric: Annotated[str, Field(min_length=1)]
+    """What was measured: accuracy, speedup, error_difference, epochs_to_target …"""
+    value: float | None = None
+    """As printed; null where the source has only a curve or a bound."""
+    below: float | None = None
+    """A bound that the source prints instead of a value."""
+    note: str | None = None
+
+
+class Paper(Section):
+    """Where a recipe comes from and what came out there, for a report to set beside a run."""
+
+    source: Annotated[str, Field(min_length=1)]
+    place: Annotated[str, Field(min_length=1)]
+    """Table and row, figure or section."""
+    printed: list[Printed] = []
+    note: str | None = None
+
+
+class Data(Section):
+    dataset: str
+    """digits, mnist; planning knows fashion-mnist, cifar10, cifar100 and imagenet too."""
+    root: str | None = None
+    """Directory of the files; not needed for data that ships with a package."""
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Loading processes per rank, for data that is decoded from files."""
+    augment: bool = True
+    """Random variants of the training images."""
+
+
+class Model(Section):
+    name: str
+    """lenet5, or your own as package.module:callable."""
+
+
+class FixedGrowth(Section):
+    policy: Literal["fixed"] = "fixed"
+
+
+class ListedStage(Section):
+    start: Length
+    """When the stage begins, from the start of the run."""
+    batch: Count
+    """Its global batch."""
+
+
+class ListGrowth(Section):
+    """Stages written out; batch.initial holds until the first of them."""
+
+    policy: Literal["list"]
+    stages: Annotated[list[ListedStage], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        starts = [stage.start for stage in self.stages]
+        check_ascending("batch.growth.stages.{}.start", starts)
+        return self
+
+
+class GeometricGrowth(Section):
+    """B0 · factor^⌊t / every⌋ (AdaBatch, Devarakonda et al. 2017; GeoDamp)."""
+
+    policy: Literal["geometric"]
+    factor: Annotated[float, Field(ge=1)] = 2.0
+    """What the global batch is multiplied with at each growth."""
+    every: Length
+    """Length of a stage."""
+
+
+class LinearGrowth(Section):
+    """⌈B0 + rate · ⌊t / every⌋⌉ (PadaDamp)."""
+
+    policy: Literal["linear"]
+    rate: Factor
+    """Samples by which the global batch grows in each period."""
+    every: Length = Duration.parse("1up")
+    """The period: an update, as PadaDamp has it, or longer for fewer stages."""
+
+
+class _Measured(Section):
+    """What all policies share that decide from measurements. They never ask for less than
+    batch.initial."""
+
+    dwell: Length = Duration.parse("1ep")
+    """Time between decisions."""
+    wait: Length | None = None
+    """No growth before this time."""
+
+
+class LossGrowth(_Measured):
+    """⌈B0 · (F(w0) − F*) / (F(w) − F*)⌉ (AdaDamp, Sievert and Charles, Algorithm 1)."""
+
+    policy: Literal["loss"]
+    optimum: Annotated[float | Literal["estimate"], PlainValidator(_optimum)] = 0.0
+    """F*: the least loss, if known; estimate: extrapolated from the last three decisions."""
+    loss: Literal["running", "sample", "full"] = "running"
+    """F: smoothed loss of the updates, or the training set's, of a sample of it or in full."""
+    sample: Count = 1000
+    """Training samples that loss: sample measures at each decision."""
+    memory: Length = Duration.parse("0.1ep")
+    """Time over which loss: running is smoothed."""
+    limit: Annotated[float, Field(gt=1, le=1e30)] | None = None
+    """Largest growth in one decision, as a factor; null: none."""
+
+
+class RollingGrowth(_Measured):
+    """B0 · q0 / q, q the rolling mean of ‖g‖² + loss_weight · loss (RadaDamp)."""
+
+    policy: Literal["rolling"]
+    memory: Length = Duration.parse("1000up")
+    """Time over which q is averaged."""
+    loss_weight: Rate = 0.01
+    wait: Length | None = Duration.parse("50up")
+    """q0 is the mean over this time; there is no growth before its end."""
+    limit: Annotated[float, Field(gt=1, le=1e30)] | None = None
+    """Largest growth in one decision, as a factor; null: none."""
+
+
+class NoiseGrowth(_Measured):
+    """ratio × the gradient noise scale tr(Σ) / ‖G‖² (McCandlish et al. 2018)."""
+
+    policy: Literal["noise"]
+    ratio: Factor = 1.0
+    """Global batch that is wanted, in noise scales."""
+    hysteresis: Annotated[float, Field(ge=0, le=1e6)] = 0.25
+    """The batch stays unless another one is wanted that differs by more than this share."""
+    limit: Annotated[float, Field(gt=1, le=1e30)] | None = 2.0
+    """Largest growth in one decision, as a factor; null: none."""
+    memory: Length = Duration.parse("0.5ep")
+    """Time over which tr(Σ) and ‖G‖² are smoothed."""
+
+
+class PlateauGrowth(_Measured):
+    """× factor after ``patience`` decisions without a better loss (AdaBatch's code has this)."""
+
+    policy: Literal["plateau"]
+    factor: Annotated[float, Field(gt=1, le=1e30)] = 2.0
+    patience: Count = 3
+    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Share by which a loss must fall below the best one to count as better."""
+
+
+MeasuredGrowth = LossGrowth | RollingGrowth | NoiseGrowth | PlateauGrowth
+Growth = Annotated[
+    FixedGrowth | ListGrowth | GeometricGrowth | LinearGrowth | MeasuredGrowth,
+    Field(discriminator="policy"),
+]
+
+
+class Batch(Section):
+    initial: Count
+    """Global batch at the start, in samples."""
+    max: Count | None = None
+    """Cap of the global batch; a policy that asks for more gets a smaller rate instead."""
+    micro: Count | None = None
+    """Samples of one backward pass on one rank; default: 32, or initial where that is less."""
+    growth: Growth = FixedGrowth()
+    multiple_of: Count = 1
+    """What is asked for is rounded up to a multiple of this, such as micro × ranks."""
+    shrink: bool = False
+    """Whether the batch may become smaller where the policy asks for less."""
+    epoch_end: Literal["short", "carry"] = "short"
+    """Last update of an epoch: ``short`` takes what the epoch has left, ``carry`` is always full
+    and runs on into the next epoch."""
+
+    @property
+    def micro_batch(self) -> int:
+        return self.micro or min(32, self.initial)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.micro is not None and self.micro > self.initial:
+            raise ValueError(
+                f"batch.micro = {self.micro} is more than batch.initial = {self.initial}; "
+                f"a micro-batch holds at most one global batch: 1 to {self.initial}"
+            )
+        if self.max is not None and self.max < self.initial:
+            raise ValueError(f"batch.max = {self.max} is less than batch.initial = {self.initial}")
+        for key in ("initial", "max"):
+            value = getattr(self, key)
+            if value is not None and value % self.multiple_of:
+                raise ValueError(
+                    f"batch.{key} = {value} is not a multiple of batch.multiple_of = "
+                    f"{self.multiple_of}; {value - value % self.multiple_of or self.multiple_of} is"
+                )
+        if isinstance(self.growth, ListGrowth):
+            self._check_listed(self.growth.stages)
+        if isinstance(self.growth, MeasuredGrowth) and self.max is None:
+            raise ValueError(
+                f"batch.max is needed with batch.growth.policy = {self.growth.policy}: what is "
+                "measured may ask for any batch"
+            )
+        if isinstance(self.growth, NoiseGrowth) and self.initial <= self.micro_batch:
+            raise ValueError(
+                f"batch.micro = {self.micro_batch} makes one micro-batch of batch.initial = "
+                f"{self.initial}; to measure the noise scale two or more are needed: micro at most "
+                f"{self.initial - 1}"
+            )
+        return self
+
+    def _check_listed(self, stages: list[ListedStage]) -> None:
+        before = self.initial
+        for index, stage in enumerate(stages):
+            key = f"batch.growth.stages.{index}.batch = {stage.batch}"
+            if self.max is not None and stage.batch > self.max:
+                raise ValueError(f"{key} is more than batch.max = {self.max}")
+            if stage.batch < before and not self.shrink:
+                raise ValueError(
+                    f"{key} is less than the {before} before it; set batch.shrink: true if the "
+                    "batch is to become smaller"
+                )
+            before = stage.batch
+
+
+class Ranks(Section):
+    start: Count = 1
+    """Ranks of the first launch."""
+    max: Count | None = None
+    """Ranks that later launches may grow to; default: start."""
+    prefer: Literal["ranks", "accumulation"] = "ranks"
+    """What a growing batch is spread over first."""
+    per_node: Count | None = None
+    """Ranks on one node, for the plan's node-hours; default: all on one."""
+    threads: Count | None = None
+    """Threads of each rank; default: the host's cores divided by its ranks."""
+
+    @property
+    def ceiling(self) -> int:
+        return self.max or self.start
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max is not None and self.max < self.start:
+            raise ValueError(f"ranks.max = {self.max} is less than ranks.start = {self.start}")
+        return self
+
+
+class Optimizer(Section):
+    name: Literal["sgd", "lars"] = "sgd"
+    """sgd; planning knows lars too."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Rate = 0.0
+    nesterov: bool = False
+    trust_coefficient: Factor | None = None
+    """lars: η in the trust ratio η‖w‖ / (‖g‖ + β‖w‖); default: 0.001."""
+    momentum_scaling: Literal["none", "smith_le"] = "none"
+    """smith_le: the part of the scaling rule that the rate may not follow, because of lr.max or
+    lr.max_batch, goes to 1 / (1 − momentum) (Smith and Le 2018)."""
+    max_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    """momentum_scaling goes no further."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("optimizer.nesterov needs optimizer.momentum above 0")
+        if self.name != "lars" and self.trust_coefficient is not None:
+            raise ValueError(
+                f"optimizer.trust_coefficient belongs to optimizer.name = lars, not {self.name}"
+            )
+        if self.momentum_scaling != "none" and self.max_momentum < self.momentum:
+            raise ValueError(
+                f"optimizer.max_momentum = {self.max_momentum} is less than optimizer.momentum = "
+                f"{self.momentum}"
+            )
+        return self
+
+
+class Warmup(Section):
+    kind: Literal["gradual", "constant"] = "gradual"
+    """gradual: in a straight line from the start rate to the scaled rate; constant: the start rate,
+    then at once the scaled rate."""
+    duration: Length
+    start: Rate | None = None
+    """Rate at the first update; default: lr.base."""
+    per: Literal["update", "epoch"] = "update"
+    """gradual: whether the rate moves with each update or stays for an epoch at a time."""
+    decayed: bool = True
+    """Whether lr.decay acts during the warmup too."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.per == "epoch" and self.kind != "gradual":
+            raise ValueError(f"lr.warmup.per = epoch has no meaning with kind = {self.kind}")
+        if self.per == "epoch" and (
+            self.duration.unit != "ep" or self.duration.value.denominator != 1
+        ):
+            raise ValueError(
+                f"lr.warmup.per = epoch needs a whole number of epochs, not {self.duration}"
+            )
+        return self
+
+
+class NoDecay(Section):
+    kind: Literal["none"] = "none"
+
+
+class _FromBegin(Section):
+    begin: Length | None = None
+    """t counts from here, and the rate does not decay before; default: the start of the run."""
+
+
+class PolyDecay(_FromBegin):
+    """end + (rate − end) · (1 − t)^power, t from 0 at ``begin`` to 1 at the end of the run."""
+
+    kind: Literal["poly"]
+    power: Factor = 2.0
+    end: Rate = 0.0
+    """Rate at the end of the run."""
+
+
+class CosineDecay(_FromBegin):
+    """end + (rate − end) · (1 + cos πt) / 2 (Loshchilov and Hutter 2017, without restarts)."""
+
+    kind: Literal["cosine"]
+    end: Rate = 0.0
+    """Rate at the end of the run."""
+
+
+class StepDecay(_FromBegin):
+    """factor^⌊t / every⌋."""
+
+    kind: Literal["step"]
+    every: Length
+    factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+
+class ExponentialDecay(_FromBegin):
+    """factor^(t / every), continuously."""
+
+    kind: Literal["exponential"]
+    every: Length
+    factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+
+class MultistepDecay(Section):
+    """× factor at each of the listed times."""
+
+    kind: Literal["multistep"]
+    at: Annotated[list[Length], Field(min_length=1)]
+    factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        check_ascending("lr.decay.at.{}", self.at)
+        return self
+
+
+Decay = Annotated[
+    NoDecay | PolyDecay | CosineDecay | StepDecay | ExponentialDecay | MultistepDecay,
+    Field(discriminator="kind"),
+]
+
+
+class LearningRate(Section):
+    base: Factor
+    """Rate for a global batch of base_batch."""
+    base_batch: Count | None = None
+    """Default: batch.initial."""
+    scaling: Literal["linear", "sqrt", "none"] = "linear"
+    """How the rate follows the global batch."""
+    max_batch: Count | None = None
+    """The rate follows the global batch up to here only."""
+    min: Rate = 0.0
+    """The rate never falls below this, in warmup and decay too."""
+    max: Factor | None = None
+    """The scaled rate never exceeds this."""
+    warmup: Warmup | None = None
+    decay: Decay = NoDecay()
+    on_growth: Annotated[float | list[float], PlainValidator(_factors)] = 1.0
+    """The rate is multiplied with this each time the global batch grows; a list has one factor for
+    each growth, the last one again for all that follow."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"lr.max = {self.max:g} is less than lr.min = {self.min:g}")
+        return self
+
+
+class Comm(Section):
+    backend: Literal["horovod", "solo"] = "horovod"
+    """solo: a single process without Horovod."""
+    controller: Literal["mpi", "gloo"] = "mpi"
+    """What carries Horovod's collectives between CPUs."""
+    compression: Literal["none", "fp16"] = "none"
+    summation: Literal["float", "exact"] = "float"
+    """exact: the same weights to the last bit on any number of ranks, for twice the bytes."""
+    bucket_mb: Annotated[float, Field(gt=0, le=4096)] = 4.0
+    """Size of a gradient bucket in MiB of float32."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_bf16(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("compression") == "bf16":
+            raise ValueError(
+                "comm.compression = bf16: Horovod 0.28.1 cannot carry bfloat16 tensors; "
+                "valid are none and fp16"
+            )
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.summation == "exact" and self.compression != "none":
+            raise ValueError(
+                f"comm.summation = exact cannot be compressed; use comm.compression=none instead "
+                f"of {self.compression}"
+            )
+        return self
+
+
+class Train(Section):
+    duration: Length
+    """Length of the run."""
+    eval_every: Length | None = Duration.parse("1ep")
+    """Time between evaluations on the test set; null: only at the end."""
+    checkpoint_every: Length | None = Duration.parse("1ep")
+    """Time between checkpoints; null: only at the end and on a stop request."""
+    keep_checkpoints: Annotated[int, Field(ge=2, le=2**53)] = 3
+    """How many of the newest checkpoints stay on disk; at least 2, so one may be broken."""
+    log_every: Count = 10
+    """Updates in one line of metrics.jsonl."""
+    precision: Literal["fp32"] = "fp32"
+
+
+class Config(Section):
+    """One training run. ``harness plan CONFIG`` shows what it comes to."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    paper: Paper | None = None
+    """Where the recipe comes from."""
+    data: Data
+    model: Model
+    batch: Batch
+    ranks: Ranks = Ranks()
+    optimizer: Optimizer = Optimizer()
+    lr: LearningRate
+    comm: Comm = Comm()
+    train: Train
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        check_shares(self, self.ranks.start)
+        self._check_lengths()
+        if self.comm.backend == "solo" and self.ranks.ceiling > 1:
+            raise ValueError(
+                f"comm.backend = solo is one process, but ranks asks for {self.ranks.ceiling}; "
+                "use comm.backend=horovod"
+            )
+        return self
+
+    def _check_lengths(self) -> None:
+        growth, warmup, decay, total = (
+            self.batch.growth,
+            self.lr.warmup,
+            self.lr.decay,
+            self.train.duration,
+        )
+        for section, prefix, names in (
+            (growth, "batch.growth", ("every", "dwell", "memory")),
+            (decay, "lr.decay", ("every",)),
+            (warmup, "lr.warmup", ("duration",)),
+            (self.train, "train", ("duration", "eval_every", "checkpoint_every")),
+        ):
+            for name in names:
+                length = getattr(section, name, None)
+                if length is not None and not length:
+                    raise ValueError(f"{prefix}.{name} must be more than 0")
+        for key, length in (
+            ("lr.warmup.duration", warmup and warmup.duration),
+            ("lr.decay.begin", getattr(decay, "begin", None)),
+        ):
+            if length and length.unit == total.unit and length.value > total.value:
+                raise ValueError(f"{key} = {length} is longer than train.duration = {total}")
+        begin = getattr(decay, "begin", None)
+        if begin is not None:
+            key, beside = (
+                ("lr.decay.every", decay.every)
+                if isinstance(decay, StepDecay | ExponentialDecay)
+                else ("train.duration", total)
+            )
+            if (begin.unit == "up") != (beside.unit == "up"):
+                raise ValueError(
+                    f"lr.decay.begin = {begin} cannot be set against {key} = {beside}: give both "
+                    "in updates, or neither"
+                )
+
+
+def check_ascending(key: str, places: list[Duration]) -> None:
+    """Raise ValueError unless each place lies after the one before it; ``key`` has a slot for the
+    index. Updates cannot be compared with samples or epochs, nor those two without a data set."""
+    for index, (before, after) in enumerate(pairwise(places), start=1):
+        name = key.format(index)
+        if before.unit != after.unit:
+            raise ValueError(
+                f"{name} = {after} has another unit than {before} before it; write all in one unit"
+            )
+        if before.value >= after.value:
+            relation = "the same as" if before.value == after.value else "before"
+            raise ValueError(
+                f"{name} = {after} is {relation} {before}, which stands above it; list them in "
+                "ascending order"
+            )
+    if places and not places[0]:
+        raise ValueError(f"{key.format(0)} must be more than 0")
+
+
+def check_shares(config: Config, ranks: int) -> None:
+    """Raise ValueError if some rank would never get a micro-batch of the initial global batch."""
+    pieces = -(-config.batch.initial // config.batch.micro_batch)
+    if pieces < ranks:
+        raise ValueError(
+            f"batch.initial = {config.batch.initial} in micro-batches of "
+            f"{config.batch.micro_batch} makes {pieces} for {ranks} ranks: some would idle; "
+            f"use batch.micro ≤ {config.batch.initial // ranks}, fewer ranks, or a larger batch"
+            if config.batch.initial >= ranks
+            else f"batch.initial = {config.batch.initial} is less than one sample for each of "
+            f"{ranks} ranks; use fewer ranks or a larger batch"
+        )
