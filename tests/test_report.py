@@ -703,8 +703,50 @@ def test_no_record_whatever_ends_in_a_traceback(
     (run / "metrics.jsonl").write_bytes(b"".join(map(encode, metrics)))
     (run / "events.jsonl").write_bytes(b"".join(map(encode, events)))
     (run / "plan.json").write_text(json.dumps({"stages": plan, "totals": plan}))
-    (run / "config.yaml").write_text(json.dumps({"name": config, "batch": config}))
+    paper = {"source": config, "place": plan, "printed": metrics}
+    (run / "config.yaml").write_text(json.dumps({"name": config, "batch": config, "paper": paper}))
     read_page(build_report([run]))
+
+
+def test_what_the_paper_prints_stands_beside_what_was_measured(tmp_path: Path) -> None:
+    run = Simulation().run().write(tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["paper"] = {
+        "source": "Some, One <2020>",
+        "place": "Table 2, row 3",
+        "note": "On other data.",
+        "printed": [
+            {"metric": "accuracy", "value": 0.73},
+            {"metric": "error_difference", "below": 0.02, "note": "against fixed 128"},
+            {"metric": "curve"},
+        ],
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    index = build_report([run])
+    text = read_page(index).text
+    assert "Some, One <2020>; Table 2, row 3. On other data." in text
+    accuracy = numbers_of(index)["final_test_accuracy"]
+    assert accuracy is not None
+    section = text.split("In the paper")[1].split("Curves over samples seen")[0].split()
+    at = section.index("accuracy")
+    assert section[at : at + 3] == ["accuracy", "0.73", general(accuracy)]
+    assert " ".join(section).endswith("error_difference below 0.02 – against fixed 128 curve – –")
+
+
+def test_growth_by_measurement_shows_decisions_and_no_planned_stages(tmp_path: Path) -> None:
+    simulation = Simulation(epochs=10).run(restart_at=None)
+    run = simulation.write(tmp_path / "run")
+    plan = simulation.plan()
+    plan["stages"] = plan["stages"][:1]
+    (run / "plan.json").write_text(json.dumps({**plan, "fastest": simulation.plan()}))
+    with (run / "events.jsonl").open("ab") as events:
+        events.write(
+            encode({"kind": "decision", "update": 3, "global_batch": 1128, "reason": "loss: why"})
+        )
+    text = read_page(build_report([run])).text
+    assert "Growth decision, global batch 1,128: loss: why" in text
+    rows = read_csv(run / "report" / "stages.csv")
+    assert {row["updates_planned"] for row in rows} == {""}
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, run_dir: Path) -> None:

@@ -46,6 +46,8 @@ class RunView:
     stages: list[tables.Stage]
     stage_rows: Shown
     event_rows: Shown
+    paper: str | None
+    paper_rows: list[tables.PaperRow]
     config: Shown
     provenance: Shown
 
@@ -78,12 +80,15 @@ def build_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
 def _view(run: Run, runs: int) -> RunView:
     room = max(TABLE_ROWS // runs, 20)
     stages = tables.stage_rows(run)
+    numbers = summarise(run)
     return RunView(
         run=run,
-        numbers=summarise(run),
+        numbers=numbers,
         stages=stages,
         stage_rows=_shorten(stages, room),
         event_rows=_shorten(tables.event_rows(run), room),
+        paper=tables.paper_source(run),
+        paper_rows=tables.paper_rows(run, numbers)[:room],
         config=_flat(run.records.config, room),
         provenance=_flat(run.records.provenance, room),
     )

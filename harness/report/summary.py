@@ -66,6 +66,8 @@ def _progress(run: Run) -> Iterator[Number]:
     totals: Any = pick(run.records.plan, "totals")
     initial = number(run.config("batch", "initial"))
     planned = number(pick(totals, "samples"))
+    if pick(run.records.plan, "fastest", "totals", "samples") not in (None, planned):
+        planned = None  # a run of a number of updates whose batches are not known beforehand
     size = number(pick(totals, "dataset_size"))
     fixed = updates_at_batch(initial, samples, size, run.config("batch", "epoch_end"))
     share = updates / fixed if updates is not None and fixed else None

@@ -20,6 +20,7 @@ from harness.report.fields import (
     clean,
     count,
     duration,
+    general,
     instant,
     number,
     percent,
@@ -65,7 +66,9 @@ class Stage:
 
 def stage_rows(run: Run) -> list[Stage]:
     """One row per stage that is planned or was reached, in order."""
-    planned = _by_stage(_mappings(pick(run.records.plan, "stages")))
+    # Growth that is decided from measurements has bounds (``fastest``), not planned stages.
+    bounded = pick(run.records.plan, "fastest") is not None
+    planned = {} if bounded else _by_stage(_mappings(pick(run.records.plan, "stages")))
     begun = _by_stage(run.events("stage"))
     windows = _windows_by_stage(run)
     reached = sorted(begun.keys() | windows.keys())
@@ -193,6 +196,47 @@ def _median_rate(run: Run, windows: list[int]) -> float | None:
 
 
 @dataclass(frozen=True)
+class PaperRow:
+    """A result as the recipe's source prints it, beside this run's."""
+
+    metric: str
+    printed: str
+    here: float | None
+    note: str | None
+
+
+# What a source's metric is called among the numbers of the summary.
+_MEASURED_HERE = {
+    "accuracy": "final_test_accuracy",
+    "peak_accuracy": "best_test_accuracy",
+}
+
+
+def paper_source(run: Run) -> str | None:
+    """Where the recipe of a run comes from, as a sentence or two."""
+    parts = [words(run.config("paper", key)) for key in ("source", "place")]
+    if not any(parts):
+        return None
+    note = words(run.config("paper", "note"))
+    return "; ".join(part for part in parts if part) + "." + (f" {note}" if note else "")
+
+
+def paper_rows(run: Run, numbers: Mapping[str, Any]) -> list[PaperRow]:
+    """What the recipe's source prints (``paper`` in config.yaml), beside what this run measured."""
+    rows = []
+    for entry in _mappings(pick(run.records.config, "paper", "printed")):
+        metric = words(entry.get("metric")) or "unnamed"
+        value, below = number(entry.get("value")), number(entry.get("below"))
+        printed = general(value) if value is not None else f"below {general(below)}"
+        if value is None and below is None:
+            printed = "–"
+        here = numbers.get(_MEASURED_HERE.get(metric, ""))
+        note = words(entry.get("note"))
+        rows.append(PaperRow(metric, printed, here and here.value, note))
+    return rows
+
+
+@dataclass(frozen=True)
 class EventRow:
     """A line of the list of events; ``tone`` marks what went wrong."""
 
@@ -211,7 +255,7 @@ def event_rows(run: Run) -> list[EventRow]:
         kind = event.get("kind")
         if kind in ("evaluation", "checkpoint"):
             continue
-        trouble = kind not in ("start", "resume", "stage", "stop", "end")
+        trouble = kind not in ("start", "resume", "stage", "decision", "stop", "end")
         tone = "trouble" if trouble or (kind == "start" and not first) else "plain"
         first = first and kind not in ("start", "resume")
         rows.append(
@@ -257,6 +301,11 @@ def _tell_stage(event: Record) -> str:
     )
 
 
+def _tell_decision(event: Record) -> str:
+    because = words(event.get("reason")) or "reason not recorded"
+    return f"Growth decision, global batch {_get(event, 'global_batch')}: {because}"
+
+
 def _tell_rejected(event: Record) -> str:
     return f"Checkpoint {_get(event, 'file')} rejected: {_get(event, 'reason')}"
 
@@ -286,6 +335,7 @@ _TELL: dict[str, Callable[[Record], str]] = {
     "start": _tell_start,
     "resume": _tell_resume,
     "stage": _tell_stage,
+    "decision": _tell_decision,
     "checkpoint_rejected": _tell_rejected,
     "skipped_update": _tell_skipped,
     "stop": _tell_stop,
