@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -17,6 +18,9 @@ _OVERRIDES = "settings laid over the file, such as batch.initial=128"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code (0 done, 1 failed, 2 bad usage, 75 stopped early)."""
     options = _parse(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or log that only knows ASCII
+            stream.reconfigure(errors="replace")
     try:
         return int(options.run(options))
     except HarnessError as error:
@@ -54,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="the stage table, before anything runs")
     _add_config(plan)
+    plan.add_argument(
+        "--throughput",
+        type=Path,
+        metavar="FILE",
+        help="a run directory or its metrics.jsonl: adds time, node-hours and bytes sent",
+    )
     plan.add_argument("--json", action="store_true", help="for programs")
     plan.set_defaults(run=_plan)
 
@@ -100,12 +110,17 @@ def _plan(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     plan = build_plan(config, train_size(config.data.dataset, config.data.root))
+    costs = None
+    if options.throughput is not None:
+        from harness.schedule.costs import price, read_throughput
+
+        costs = price(config, plan, read_throughput(options.throughput))
     if options.json:
-        print(json.dumps(plan.as_dict(), indent=2))
+        print(json.dumps(plan.as_dict() if costs is None else costs.as_dict(plan), indent=2))
     else:
         from harness.schedule.table import print_plan
 
-        print_plan(config, plan)
+        print_plan(config, plan, costs=costs)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -17,6 +18,7 @@ from harness.schedule.clock import (
     advance,
     step,
     update_size,
+    updates_by_size,
     updates_until,
 )
 from harness.units import Duration
@@ -88,6 +90,33 @@ def test_a_run_ends_exactly_at_its_end(
     assert len(points) - 1 == updates_until(clock, batch, end, epoch_end)
     sizes = [after.samples - before.samples for before, after in itertools.pairwise(points)]
     assert all(1 <= size <= batch for size in sizes)
+
+
+@given(situations(), ends, st.integers(0, 60), st.integers(1, 400) | st.none())
+def test_updates_by_size_are_the_sizes_of_the_updates(
+    situation: tuple[Clock, int], epoch_end: EpochEnd, updates: int, reach: int | None
+) -> None:
+    clock, batch = situation
+    end = NOWHERE if reach is None else Limit(samples=clock.samples + reach)
+    points = list(itertools.islice(walk(clock, batch, epoch_end, end), updates + 1))
+    sizes = [after.samples - before.samples for before, after in itertools.pairwise(points)]
+    found = updates_by_size(clock, batch, len(sizes), epoch_end, end)
+    assert found == Counter(sizes)
+    assert sum(found.values()) == len(points) - 1
+    assert sum(size * count for size, count in found.items()) == (
+        points[-1].samples - points[0].samples
+    )
+    assert len(found) <= 4
+
+
+def test_ninety_epochs_of_imagenet_are_counted_at_once() -> None:
+    n, batch = 1_281_167, 256
+    counts = updates_by_size(Clock(0, 0, n), batch, 90 * 5005, "short", Limit(samples=90 * n))
+    assert counts == {256: 90 * 5004, n - 5004 * 256: 90}
+    middle = Clock(n // 2, 0, n)  # the epoch's 640,584 samples end with 72, the next with 143
+    assert updates_by_size(middle, batch, 2503 + 5005, "short", NOWHERE) == {
+        256: 2502 + 5004, 72: 1, 143: 1
+    }  # fmt: skip
 
 
 @given(situations())

@@ -342,16 +342,17 @@ class StageScheduler:
     def bounds(self) -> tuple[StageScheduler, StageScheduler]:
         """The slowest and the fastest growth that a policy which measures may come to, as
         schedulers that know the whole run; for other policies twice the same."""
-        if self.measured is None:
-            same = StageScheduler(self.policy, self._cap, self._multiple, self._shrink)
-            return same, StageScheduler(self.policy, self._cap, self._multiple, self._shrink)
-        fastest = self.measured.fastest(
-            lambda batch: min(self._rounded(batch), self._cap), self._cap
+        slowest: GrowthPolicy = self.policy
+        fastest: GrowthPolicy = self.policy
+        if self.measured is not None:
+            slowest = Fixed(self.policy.initial)
+            fastest = self.measured.fastest(lambda b: min(self._rounded(b), self._cap), self._cap)
+        cap = None if self._cap == HUGE else self._cap
+        first, second = (
+            StageScheduler(policy, cap, self._multiple, self._shrink)
+            for policy in (slowest, fastest)
         )
-        return (
-            StageScheduler(Fixed(self.policy.initial), self._cap, self._multiple),
-            StageScheduler(fastest, self._cap, self._multiple),
-        )
+        return first, second
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {

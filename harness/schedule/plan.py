@@ -72,6 +72,8 @@ class Stage:
     asked: int
     lr_start: float
     lr_end: float
+    lr_after_warmup: float | None
+    """Rate of the first update past the warmup, if that lies inside this stage."""
     momentum: float
     momentum_end: float
     effective_lr_start: float
@@ -153,6 +155,7 @@ def _follow(
                 end_epoch=row.end_epoch,
                 updates=rows[-1].updates + row.updates,
                 lr_end=row.lr_end,
+                lr_after_warmup=row.lr_after_warmup or rows[-1].lr_after_warmup,
                 momentum_end=row.momentum_end,
                 effective_lr_end=row.effective_lr_end,
                 asked=row.asked,
@@ -171,7 +174,8 @@ def _walk(
 ) -> Iterator[Stage]:
     """Stretches between the points at which another batch may be decided on."""
     batch, end = config.batch, run_end(config, dataset_size)
-    rates = rate_schedule(config)
+    rates, warmup = rate_schedule(config), config.lr.warmup
+    warm = None if warmup is None else Limit.multiple(warmup.duration, 1, dataset_size)
     clock = Clock(0, 0, dataset_size)
     segment, running = -1, 0
     while not end.reached(clock):
@@ -184,6 +188,12 @@ def _walk(
             updates_until(clock, decision.batch, limit, batch.epoch_end)
             for limit in ((end,) if change is None else (end, change))
         )
+        after_warmup = None
+        if warm is not None and not warm.reached(clock):
+            cold = updates_until(clock, decision.batch, warm, batch.epoch_end)
+            if cold < stretch:
+                place = advance(clock, decision.batch, cold, batch.epoch_end, end)
+                after_warmup = rates.at(place, scheduler.decide(place)).lr
         last = advance(clock, decision.batch, stretch - 1, batch.epoch_end, end)
         after = step(last, update_size(last, decision.batch, batch.epoch_end, end))
         at_last = scheduler.decide(last)
@@ -201,6 +211,7 @@ def _walk(
             asked=at_last.asked,
             lr_start=first_rates.lr,
             lr_end=last_rates.lr,
+            lr_after_warmup=after_warmup,
             momentum=first_rates.momentum,
             momentum_end=last_rates.momentum,
             effective_lr_start=first_rates.effective,
