@@ -116,6 +116,7 @@ def _parse_override(text: str) -> Document:
 # A mapping that names another kind than the one below it replaces it: keys of a geometric growth
 # mean nothing to a fixed one.
 _KINDS = ("policy", "kind")
+_SHARED = ("lr", "warmup")  # both kinds of warmup have the same keys
 
 
 def _merge(base: Document, over: Document) -> None:
@@ -133,8 +134,10 @@ def _merge(base: Document, over: Document) -> None:
 
 
 def _merged(base: Any, over: Any, path: Path_, replaced: set[Path_]) -> Any:
-    if not (isinstance(base, dict) and isinstance(over, dict)) or any(
-        key in base and key in over and base[key] != over[key] for key in _KINDS
+    both = isinstance(base, dict) and isinstance(over, dict)
+    if not both or (
+        path != _SHARED
+        and any(key in base and key in over and base[key] != over[key] for key in _KINDS)
     ):
         replaced.add(path)
         return over
@@ -174,6 +177,8 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[Path_, list[type[BaseModel]]]:
             models = tagged
             continue
         path.append(part)
+        if isinstance(part, int):  # an entry of a list: its model is known already
+            continue
         fields = [model.model_fields.get(str(part)) for model in models]
         models = [model for field in fields if field for model in _sections(field.annotation)]
     return tuple(path), models
@@ -202,6 +207,8 @@ _RULES = {
     "less_than_equal": "at most {le}",
     "less_than": "less than {lt}",
     "literal_error": "{expected}",
+    "list_type": "a list",
+    "too_short": "a list of at least {min_length}",
     "model_type": "a mapping of keys",
     "model_attributes_type": "a mapping of keys",
 }

@@ -260,6 +260,10 @@ class Batch(Section):
                 f"batch.max is needed with batch.growth.policy = {self.growth.policy}: what is "
                 "measured may ask for any batch"
             )
+        if isinstance(self.growth, NoiseGrowth) and self.initial == 1:
+            raise ValueError(
+                "batch.initial = 1 makes one micro-batch; to measure the noise scale two are needed"
+            )
         if isinstance(self.growth, NoiseGrowth) and self.initial <= self.micro_batch:
             raise ValueError(
                 f"batch.micro = {self.micro_batch} makes one micro-batch of batch.initial = "

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby, pairwise
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 from rich.console import Console
 from support import ROOT
 
 from harness.cli import main
-from harness.config import Batch, Config, Ranks
+from harness.config import load_config
 from harness.errors import ConfigError
 from harness.schedule import plan as planning
 from harness.schedule.clock import Clock, Limit, step, update_size
-from harness.schedule.growth import BatchDecision, StageScheduler, growth_policy
+from harness.schedule.configured import rate_schedule, stage_scheduler
+from harness.schedule.growth import BatchDecision, Observation, StageScheduler
 from harness.schedule.plan import Plan, build_plan, decompose, ranks_for, run_end
-from harness.schedule.rates import Rates, rate_schedule
+from harness.schedule.rates import Rates
 from harness.schedule.table import print_plan
+from harness.schema import Batch, Config, Ranks
 
 DEMO = ROOT / "configs" / "adabatch-digits.yaml"
 
@@ -56,86 +60,202 @@ DURATIONS = st.one_of(
 )
 
 
+SCHEDULED = ("fixed", "geometric", "linear", "list", "list")
+MEASURED = ("loss", "rolling", "noise", "plateau")
+
+
 @st.composite
-def configs(draw: st.DrawFn) -> Config:
-    initial = draw(st.integers(1, 150))
-    growth = draw(
-        st.just({"policy": "fixed"})
-        | st.builds(geometric, PERIODS, st.sampled_from([1.0, 1.01, 1.1, 1.5, 2.0, 3.0]))
-    )
-    lr = draw(
+def listed(draw: st.DrawFn, least: int, most: int) -> dict[str, Any]:
+    unit = draw(st.sampled_from(["up", "sa", "ep"]))
+    starts = sorted(draw(st.sets(st.integers(1, 40), min_size=1, max_size=5)))
+    scale = {"up": 1, "sa": 11, "ep": 0.125}[unit]
+    return {
+        "policy": "list",
+        "stages": [
+            {"start": f"{start * scale:g}{unit}", "batch": draw(st.integers(least, most))}
+            for start in starts
+        ],
+    }
+
+
+@st.composite
+def rates(draw: st.DrawFn, duration: str) -> dict[str, Any]:
+    """The lr section of a run of a length: every decay and warmup that goes with it."""
+    unit, begin = duration[-2:], "1up" if duration.endswith("up") else "1sa"
+    decays: list[dict[str, Any]] = [
+        {"kind": "none"},
+        {"kind": "poly"},
+        {"kind": "poly", "power": 0.5, "end": 0.01, "begin": begin},
+        {"kind": "cosine", "begin": begin},
+        {"kind": "step", "every": "1ep"},
+        {"kind": "step", "every": "3up", "factor": 0.9, "begin": "1up"},
+        {"kind": "exponential", "every": "50sa", "begin": "1sa"},
+        {"kind": "multistep", "at": ["3up", "9up"]},
+        {"kind": "multistep", "at": ["0.25ep", "1.5ep"]},
+    ]
+    warmups: list[dict[str, Any]] = [
+        {"duration": duration, "start": 0.0},
+        {"duration": "30sa" if unit == "up" else "3up"},
+        {"duration": duration, "kind": "constant", "decayed": False},
+    ]
+    if unit != "ep":
+        warmups.append({"duration": "1ep", "per": "epoch", "decayed": False})
+    return draw(
         st.fixed_dictionaries(
             {"base": st.just(0.1), "scaling": st.sampled_from(["linear", "sqrt", "none"])},
             optional={
-                "on_growth": st.sampled_from([0.5, 1.0, 1.25]),
-                "decay": st.sampled_from(
-                    [{"kind": "none"}, {"kind": "poly"}, {"kind": "step", "every": "1ep"}]
-                ),
+                "on_growth": st.sampled_from([0.5, 1.25, [0.5], [0.5, 2.0, 0.75]]),
+                "decay": st.sampled_from(decays),
+                "warmup": st.sampled_from(warmups),
+                "max_batch": st.integers(1, 300),
+                "max": st.sampled_from([0.1, 0.15]),
+                "min": st.just(0.01),
             },
         )
     )
+
+
+@st.composite
+def configs(draw: st.DrawFn, policies: Sequence[str] = SCHEDULED) -> Config:
+    multiple = draw(st.sampled_from([1, 1, 8, 12]))
+    policy = draw(st.sampled_from(policies))
+    least = 2 if policy == "noise" and multiple == 1 else 1
+    initial = multiple * draw(st.integers(least, max(2, 150 // multiple)))
+    room, shrink = draw(st.integers(0, 500 // multiple)), draw(st.booleans())
+    most = initial + multiple * room
+    growth = {
+        "fixed": st.just({"policy": "fixed"}),
+        "geometric": st.builds(
+            geometric, PERIODS, st.sampled_from([1.0, 1.01, 1.1, 1.5, 2.0, 3.0])
+        ),
+        "linear": st.builds(
+            lambda every, rate: {"policy": "linear", "every": every, "rate": rate},
+            PERIODS | st.just("1up"),
+            st.sampled_from([0.1, 0.5, 1, 7.3, 100]),
+        ),
+        "list": listed(1 if shrink else initial, most),
+    }
+    drawn = draw(growth[policy]) if policy in growth else draw(measured(policy))
+    if policy == "list" and not shrink:
+        batches = sorted(stage["batch"] for stage in drawn["stages"])
+        for stage, size in zip(drawn["stages"], batches, strict=True):
+            stage["batch"] = size
     batch = {
         "initial": initial,
-        "micro": draw(st.integers(1, initial)),
-        "max": draw(st.none() | st.integers(initial, 4 * initial)),
-        "growth": growth,
+        "micro": draw(st.integers(1, max(1, initial - 1))),
+        "max": most if policy not in growth or draw(st.booleans()) else None,
+        "growth": drawn,
+        "multiple_of": multiple,
+        "shrink": shrink,
         "epoch_end": draw(st.sampled_from(["short", "carry"])),
     }
     ranks = {
         "max": draw(st.integers(1, 5)),
         "prefer": draw(st.sampled_from(["ranks", "accumulation"])),
     }
-    return config(batch=batch, lr=lr, ranks=ranks, train={"duration": draw(DURATIONS)})
+    optimizer = draw(st.sampled_from([{}, {"momentum_scaling": "smith_le"}]))
+    duration = draw(DURATIONS)
+    return config(
+        batch=batch,
+        lr=draw(rates(duration)),
+        ranks=ranks,
+        optimizer=optimizer,
+        train={"duration": duration},
+    )
+
+
+def measured(policy: str) -> st.SearchStrategy[dict[str, Any]]:
+    settings: dict[str, st.SearchStrategy[Any]] = {"dwell": PERIODS, "wait": st.none() | PERIODS}
+    if policy == "plateau":
+        settings |= {"patience": st.integers(1, 2), "factor": st.sampled_from([1.1, 2.0, 5.0])}
+    else:
+        settings |= {"memory": st.just("1sa"), "limit": st.sampled_from([None, 1.1, 2.0, 5.0])}
+    return st.fixed_dictionaries({"policy": st.just(policy), **settings})
 
 
 Update = tuple[Clock, int, BatchDecision, Rates]
 
 
-def walk(config: Config, size: int) -> list[Update]:
-    """Every update of a run as the trainer takes it: where it starts, its size, batch and rates."""
-    end = run_end(config, size)
-    scheduler = StageScheduler(
-        growth_policy(config.batch.initial, config.batch.growth), config.batch.max
-    )
-    rates = rate_schedule(config)
+def walk(config: Config, size: int, seen: Sequence[Observation] = ()) -> list[Update]:
+    """Every update of a run as the trainer takes it: where it starts, its size, batch and rates.
+
+    ``seen`` is what the updates measure, over and over.
+    """
+    end, rates = run_end(config, size), rate_schedule(config)
+    scheduler = stage_scheduler(config.batch)
     clock, updates = Clock(0, 0, size), []
     while not end.reached(clock):
         decision = scheduler.decide(clock)
         taken = update_size(clock, decision.batch, config.batch.epoch_end, end)
         updates.append((clock, taken, decision, rates.at(clock, decision)))
         clock = step(clock, taken)
+        if seen:
+            scheduler.observe(clock, replace(seen[clock.updates % len(seen)], samples=taken))
     return updates
+
+
+def plan_of(config: Config, size: int, ranks: int | None = None) -> Plan:
+    """The plan of a run that is long enough for its warmup."""
+    try:
+        return build_plan(config, size, ranks)
+    except ConfigError:
+        reject()
 
 
 @given(configs(), st.integers(1, 200))
 def test_the_plan_is_what_the_updates_do(config: Config, size: int) -> None:
-    plan, updates = build_plan(config, size), walk(config, size)
+    plan, updates = plan_of(config, size), walk(config, size)
+    warmup = config.lr.warmup
     stages = [list(group) for _, group in groupby(updates, key=lambda update: update[2].stage)]
     assert [row.stage for row in plan.stages] == [group[0][2].stage for group in stages]
     for row, group in zip(plan.stages, stages, strict=True):
-        (first, _, decision, rates), (last, size_of_last, _, last_rates) = group[0], group[-1]
+        (first, _, decision, rates), (last, size_of_last, at_last, last_rates) = group[0], group[-1]
         assert row.updates == len(group)
-        assert row.global_batch == decision.batch
+        assert {taken.batch for _, _, taken, _ in group} == {row.global_batch}
         assert (row.start_sample, row.end_sample) == (first.samples, last.samples + size_of_last)
+        assert row.end_sample - row.start_sample == sum(size for _, size, _, _ in group)
         assert (row.start_epoch, row.end_epoch) == (first.epoch, row.end_sample / size)
         assert (row.lr_start, row.lr_end) == (rates.lr, last_rates.lr)
-        assert row.momentum == rates.momentum
+        assert (row.momentum, row.momentum_end) == (rates.momentum, last_rates.momentum)
+        if warmup is not None:
+            warm = [rates.lr for clock, _, _, rates in group if clock.passed(warmup.duration)]
+            assert row.lr_after_warmup == (warm[0] if 0 < len(warm) < len(group) else None)
+        assert row.effective_lr_start == rates.lr / (1 - rates.momentum)
+        assert row.effective_lr_end == last_rates.lr / (1 - last_rates.momentum)
+        assert row.asked == at_last.asked
         assert row.reason == decision.reason
 
 
 @given(configs(), st.integers(1, 200))
+def test_a_warmup_is_refused_exactly_where_the_updates_do_not_reach_its_end(
+    config: Config, size: int
+) -> None:
+    last, taken, _, _ = walk(config, size)[-1]
+    warmup, end = config.lr.warmup, step(last, taken)
+    if warmup is None or end.passed(warmup.duration):
+        assert build_plan(config, size).fastest is None
+        return
+    with pytest.raises(ConfigError) as caught:
+        build_plan(config, size)
+    assert f"lr.warmup.duration = {warmup.duration} is longer than " in str(caught.value)
+
+
+@given(configs(), st.integers(1, 200))
 def test_a_plan_follows_the_laws(config: Config, size: int) -> None:
-    plan = build_plan(config, size)
+    plan = plan_of(config, size)
     assert plan.stages[0].start_sample == 0
+    assert plan.stages[0].global_batch == config.batch.initial
     assert [row.stage for row in plan.stages] == list(range(len(plan.stages)))
     for before, after in pairwise(plan.stages):
         assert before.end_sample == after.start_sample
-        assert before.global_batch < after.global_batch
+        assert before.global_batch != after.global_batch
+        assert config.batch.shrink or before.global_batch < after.global_batch
         assert after.segment - before.segment == (after.ranks > before.ranks)
         assert before.ranks <= after.ranks
     for row in plan.stages:
         assert row.updates >= 1
         assert row.global_batch <= (config.batch.max or row.global_batch)
+        assert row.global_batch % config.batch.multiple_of == 0
         pieces = ceil(row.global_batch / row.micro_batch)
         assert row.ranks * (row.accumulation - 1) < pieces <= row.ranks * row.accumulation
         assert 0 <= row.idle < 1
@@ -146,6 +266,7 @@ def test_a_plan_follows_the_laws(config: Config, size: int) -> None:
     else:
         assert totals["samples"] == duration.boundary(1, size)
     assert totals["updates"] == sum(row.updates for row in plan.stages)
+    assert totals["samples"] == sum(row.end_sample - row.start_sample for row in plan.stages)
     if config.batch.growth.policy == "fixed":
         assert totals["updates_at_initial_batch"] == totals["updates"]
 
@@ -154,7 +275,7 @@ def test_a_plan_follows_the_laws(config: Config, size: int) -> None:
 def test_given_ranks_hold_from_start_to_end_and_change_nothing_else(
     config: Config, size: int, ranks: int
 ) -> None:
-    given_ranks, free = build_plan(config, size, ranks), build_plan(config, size)
+    given_ranks, free = plan_of(config, size, ranks), plan_of(config, size)
     assert {(row.ranks, row.segment) for row in given_ranks.stages} == {(ranks, 0)}
     for fixed, row in zip(given_ranks.stages, free.stages, strict=True):
         assert fixed.updates == row.updates
@@ -162,10 +283,83 @@ def test_given_ranks_hold_from_start_to_end_and_change_nothing_else(
         assert (fixed.lr_start, fixed.lr_end) == (row.lr_start, row.lr_end)
 
 
+numbers = st.sampled_from([1e-9, 1.0, 1e9, float("nan")]) | st.floats(1e-3, 1e3)
+observations = st.builds(
+    Observation, st.just(0), numbers, numbers, st.none() | st.tuples(numbers, numbers)
+)
+
+
+@given(configs(MEASURED), st.integers(1, 200), st.lists(observations, min_size=1, max_size=8))
+def test_a_run_that_measures_keeps_to_the_bounds_of_its_plan(
+    config: Config, size: int, seen: list[Observation]
+) -> None:
+    plan = plan_of(config, size)
+    assert plan.fastest is not None
+    assert {row.global_batch for row in plan.stages} == {config.batch.initial}
+    assert all(row.global_batch <= (config.batch.max or 0) for row in plan.fastest.stages)
+    fastest = [row.global_batch for row in plan.fastest.stages for _ in range(row.updates)]
+    updates = walk(config, size, seen)
+    for (_, _, decision, _), most in zip(updates, fastest, strict=False):
+        assert config.batch.initial <= decision.batch <= most
+    assert len(fastest) <= len(updates) <= sum(row.updates for row in plan.stages)
+    last, taken, _, _ = updates[-1]
+    slow, fast = plan.stages[-1].end_sample, plan.fastest.stages[-1].end_sample
+    assert slow <= last.samples + taken <= fast
+    assert plan.as_dict()["fastest"] == plan.fastest.as_dict()
+
+
+@pytest.mark.parametrize(
+    ("growth", "batches", "updates"),
+    [
+        # Of 1,000 samples in batches of 64 make 16 updates, of 128 eight, of 256 four, 512 two.
+        ({"policy": "loss"}, [64, 512], [16, 2 * 9]),
+        ({"policy": "loss", "wait": "3ep"}, [64, 512], [48, 2 * 7]),
+        ({"policy": "noise"}, [64, 128, 256, 512], [16, 8, 4, 2 * 7]),
+        ({"policy": "noise", "wait": "2ep", "limit": 8}, [64, 512], [32, 2 * 8]),
+        ({"policy": "rolling", "limit": 4}, [64, 256, 512], [16, 4, 2 * 8]),
+        ({"policy": "loss", "optimum": "estimate", "dwell": "2ep"},
+         [64, 128, 256, 512], [32, 16, 8, 2 * 4]),
+        ({"policy": "plateau", "patience": 2, "factor": 4}, [64, 256, 512], [48, 12, 2 * 4]),
+        ({"policy": "plateau", "patience": 9}, [64], [160]),
+    ],
+)  # fmt: skip
+def test_bounds_of_growth_from_measurements(
+    growth: dict[str, Any], batches: list[int], updates: list[int]
+) -> None:
+    batch = {"initial": 64, "max": 512, "growth": growth}
+    plan = build_plan(config(batch=batch, train={"duration": "10ep"}), 1000)
+    assert [(row.global_batch, row.updates) for row in plan.stages] == [(64, 160)]
+    assert plan.fastest is not None
+    assert [row.global_batch for row in plan.fastest.stages] == batches
+    assert [row.updates for row in plan.fastest.stages] == updates
+
+
+LISTED = {
+    "policy": "list",
+    "stages": [{"start": "30ep", "batch": 512}, {"start": "60ep", "batch": 1024},
+               {"start": "80ep", "batch": 2048}],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("epoch_end", ["short", "carry"])
-@pytest.mark.parametrize("growth", [geometric("5ep"), geometric("1ep", 1.001), geometric("1sa")])
-def test_ninety_epochs_of_a_billion_samples_cost_no_more_than_their_stages(
-    monkeypatch: pytest.MonkeyPatch, epoch_end: str, growth: dict[str, Any]
+@pytest.mark.parametrize("size", [1281167, 10**9])
+@pytest.mark.parametrize(
+    ("growth", "most"),
+    [
+        (geometric("5ep"), 90),
+        (geometric("1ep", 1.001), 90),
+        (geometric("1sa"), 90),
+        (LISTED, 4),
+        ({"policy": "linear", "rate": 16, "every": "1ep"}, 90),
+        ({"policy": "linear", "rate": 1000}, 1050),
+        ({"policy": "linear", "rate": 1e-8, "every": "1sa"}, 1000),
+        ({"policy": "loss", "dwell": "1up", "limit": 1.05}, 400),
+        ({"policy": "noise"}, 90),
+        ({"policy": "plateau", "dwell": "1000sa", "factor": 1.01}, 2000),
+    ],
+)
+def test_ninety_epochs_cost_no_more_than_their_stages(
+    monkeypatch: pytest.MonkeyPatch, epoch_end: str, growth: dict[str, Any], size: int, most: int
 ) -> None:
     calls: dict[str, int] = {}
     for owner, name in (
@@ -177,12 +371,21 @@ def test_ninety_epochs_of_a_billion_samples_cost_no_more_than_their_stages(
     ):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name), name, calls))
     batch = {"initial": 256, "growth": growth, "epoch_end": epoch_end, "max": 2**20}
-    plan = build_plan(config(batch=batch, train={"duration": "90ep"}), 10**9)
-    assert plan.stages[-1].end_sample == 90 * 10**9
-    assert sum(row.updates for row in plan.stages) > 5 * 10**4
-    assert all(count <= 3 * len(plan.stages) + 10 for count in calls.values())
+    plan = build_plan(config(batch=batch, train={"duration": "90ep"}), size)
+    stages = plan.stages + (plan.fastest.stages if plan.fastest else ())
+    assert stages[-1].end_sample == 90 * size
+    assert all(count <= 3 * len(stages) + 10 for count in calls.values())
     assert len(calls) == 5
-    assert len(plan.stages) <= 90
+    assert len(stages) <= most
+
+
+def test_a_recipe_s_stages_on_imagenet() -> None:
+    """⌈1281167 / batch⌉ = 5005, 2503, 1252 and 626 updates in an epoch."""
+    batch = {"initial": 256, "growth": LISTED}
+    plan = build_plan(config(batch=batch, train={"duration": "90ep"}), 1281167)
+    assert [row.updates for row in plan.stages] == [30 * 5005, 30 * 2503, 20 * 1252, 10 * 626]
+    assert [row.end_epoch for row in plan.stages] == [30, 60, 80, 90]
+    assert plan.updates_at_initial == 90 * 5005
 
 
 def counted(function: Any, name: str, calls: dict[str, int]) -> Any:
@@ -252,7 +455,8 @@ def test_segments_are_launches() -> None:
 @pytest.mark.parametrize(
     ("warmup", "train", "refused"),
     [("2ep", "3000sa", False), ("2ep", "1999sa", True), ("2001sa", "2ep", True),
-     ("2000sa", "2ep", False), ("5up", "1ep", False), ("9ep", "5up", False)],
+     ("2000sa", "2ep", False), ("16up", "1ep", False), ("17up", "1ep", True),
+     ("0.32ep", "5up", False), ("0.321ep", "5up", True), ("9ep", "5up", True)],
 )  # fmt: skip
 def test_a_warmup_longer_than_the_run_in_another_unit(
     warmup: str, train: str, refused: bool
@@ -337,25 +541,66 @@ def table(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.out
 
 
+def printed(made: Config, plan: Plan, width: int = 100) -> str:
+    stream = io.StringIO()
+    print_plan(made, plan, Console(file=stream, width=width))
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def rows(text: str) -> list[str]:
+    """The lines of the tables, with single blanks."""
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return [line for line in lines if " × " in line and line.split()[0].isdigit()]
+
+
+def test_the_table_to_the_letter() -> None:
+    made = load_config(DEMO, ["batch.micro=30"])
+    assert printed(made, build_plan(made, 1437)) == TABLE
+
+
+TABLE = """\
+                              adabatch-digits: lenet5 on digits
+
+                                          ranks × accum
+ stage   epochs  samples  updates  batch        × micro                   lr  momentum   idle
+ ────────────────────────────────────────────────────────────────────────────────────────────
+     0    0 – 5    7,185      115     64     2 × 2 × 30         0.001 → 0.01       0.9  46.7%
+     1   5 – 10    7,185       60    128     2 × 3 × 30                0.014       0.9  28.9%
+     2  10 – 15    7,185       30    256     2 × 5 × 30               0.0196       0.9  14.7%
+     3  15 – 20    7,185       15    512     2 × 9 × 30              0.02744       0.9   5.2%
+     4  20 – 30   14,370       20  1,024    2 × 18 × 30  0.038416 → 0.019208       0.9   5.2%
+
+43,110 samples in 240 updates; a global batch of 64 throughout would take 690 (2.9 ×).
+Stage 4 stays at batch.max = 1,024 where the policy asks for more, up to 2,048: the rate is \
+multiplied by max/asked instead.
+Stages 0 – 4: the micro-batches do not divide evenly among the ranks. 19.6% of the run's \
+rank-time is spent waiting; idle is a stage's share.
+Even would be: batch.initial=60 batch.max=1020, or batch.micro=32."""
+
+
 def test_the_table_tells_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     text = table(capsys)
-    rows = [line.split() for line in text.splitlines() if line.lstrip()[:1].isdigit()]
-    assert [" ".join(row) for row in rows] == [
-        "0 0 – 5 115 64 2 × 1 × 32 0.001 → 0.01 0.9",
-        "1 5 – 10 60 128 2 × 2 × 32 0.014 0.9",
-        "2 10 – 15 30 256 2 × 4 × 32 0.0196 0.9",
-        "3 15 – 20 15 512 2 × 8 × 32 0.02744 0.9",
-        "4 20 – 30 20 1,024 2 × 16 × 32 0.038416 → 0.019208 0.9",
-        "43,110 samples in 240 updates; a global batch of 64 throughout would take 690 (2.9 ×).",
+    assert rows(text) == [
+        "0 0 – 5 7,185 115 64 2 × 1 × 32 0.001 → 0.01 0.9",
+        "1 5 – 10 7,185 60 128 2 × 2 × 32 0.014 0.9",
+        "2 10 – 15 7,185 30 256 2 × 4 × 32 0.0196 0.9",
+        "3 15 – 20 7,185 15 512 2 × 8 × 32 0.02744 0.9",
+        "4 20 – 30 14,370 20 1,024 2 × 16 × 32 0.038416 → 0.019208 0.9",
     ]
+    assert (
+        "\n43,110 samples in 240 updates; a global batch of 64 throughout would take 690 (2.9 ×).\n"
+        in text
+    )
     assert "adabatch-digits: lenet5 on digits" in text
-    assert "idle" not in text
+    for word in ("idle", "segment", "lr/(1−m)", "even", "time", "sent"):
+        assert word not in text
 
 
 def test_the_table_shows_idle_ranks_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
     text = table(capsys, "batch.micro=30")
     assert "46.7%" in text  # 64 in micro-batches of 30 are 3 for 2 ranks: 2 × 2 × 30 = 120
-    assert "idle: share of rank-time" in text
+    assert "Stages 0 – 4: the micro-batches do not divide evenly among the ranks. " in text
+    assert "Even would be: batch.initial=60 batch.max=1020, or batch.micro=32." in text
 
 
 def test_a_name_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
@@ -364,18 +609,93 @@ def test_a_name_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_table_fits_a_narrow_terminal() -> None:
     plan = build_plan(config(batch={"initial": 64, "growth": geometric("0.3ep")}), 1437)
-    stream = io.StringIO()
-    print_plan(config(), plan, Console(file=stream, width=80))
-    rows = [line for line in stream.getvalue().splitlines() if " × 32 " in line]
-    assert len(rows) == len(plan.stages)
-    assert all(len(line) <= 80 for line in rows)
+    lines = printed(config(), plan, 80).splitlines()
+    assert len([line for line in lines if " × 32 " in line]) == len(plan.stages)
+    assert all(len(line) <= 80 for line in lines if " × 32 " in line)
 
 
-def test_a_thousand_stages_are_printed() -> None:
+@pytest.mark.parametrize(("count", "shown"), [(40, 40), (41, 30), (1000, 30)])
+def test_of_many_stages_both_ends_are_printed(count: int, shown: int) -> None:
     row = build_plan(config(), 1437).stages[0]
-    stream = io.StringIO()
-    print_plan(config(), Plan((row,) * 1000, 1437, 1000), Console(file=stream, width=80))
-    assert stream.getvalue().count("1 × 2 × 32") == 1000
+    text = printed(config(), Plan(tuple(replace(row, stage=i) for i in range(count)), 1437, 1000))
+    assert [int(line.split()[0]) for line in rows(text)] == [
+        i for i in range(count) if shown == count or not 15 <= i < count - 15
+    ]
+    (between,) = [line for line in text.splitlines() if line.startswith("⋮")] or [""]
+    said = f"⋮ {count - 30:,} stages, 15 – {count - 16}: --json shows them all."
+    assert between == (said if shown < count else "")
+
+
+def test_of_many_launches_both_ends_are_printed() -> None:
+    row = build_plan(config(), 1437).stages[0]
+    stages = (replace(row, stage=i, segment=i, ranks=i + 1) for i in range(50))
+    lines = printed(config(), Plan(tuple(stages), 1437, 1000)).splitlines()
+    assert lines.count("⋮ 20 more segments") == 1
+    assert len([line for line in lines if line.startswith("segment ")]) == 30
+    assert "segment 14: epochs 0 – 2 on 15 ranks (stage 14)" in lines
+    assert "segment 35: epochs 0 – 2 on 36 ranks (stage 35)" in lines
+
+
+def test_launches_are_told_with_their_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    text = table(capsys, "ranks.start=1", "ranks.max=4", "batch.micro=16", "ranks.per_node=2")
+    assert rows(text)[2].startswith("2 2 10 – 15 7,185 30 256 4 × 4 × 16")
+    assert (
+        "segment 0: epochs 0 – 5 on 1 rank, 1 node (stage 0)\n"
+        "segment 1: epochs 5 – 10 on 2 ranks, 1 node (stage 1)\n"
+        "segment 2: epochs 10 – 30 on 4 ranks, 2 nodes (stages 2 – 4)\n"
+    ) in text
+
+
+def test_the_table_shows_a_momentum_that_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    text = table(capsys, "optimizer.momentum_scaling=smith_le", "lr.max=0.02")
+    assert "lr/(1−m)" in text
+    assert rows(text)[3:] == [
+        "3 15 – 20 7,185 15 512 2 × 8 × 32 0.02 0.92711 0.2744",
+        "4 20 – 30 14,370 20 1,024 2 × 16 × 32 0.02 → 0.01 0.94794 0.3842 → 0.1921",
+    ]
+
+
+def test_growth_from_measurements_shows_its_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+    text = table(capsys, "batch.growth={policy: loss, dwell: 2ep, limit: 4}")
+    assert (
+        "Growth is decided while it trains (policy loss): between 690 updates, where the batch "
+        "never grows, and 110, where it grows as fast as it may. The first growth may come at "
+        "epoch 2, after 46 updates.\n"
+    ) in text
+    assert "adabatch-digits: lenet5 on digits: no growth" in text
+    assert "adabatch-digits: lenet5 on digits: fastest growth" in text
+    assert [" ".join(row.split()[:6]) for row in rows(text)] == [
+        "0 0 – 30 43,110 690",
+        "0 0 – 2 2,874 46",
+        "1 2 – 4 2,874 12",
+        "2 4 – 30 37,362 52",
+    ]
+    assert (
+        "Batches between the bounds may not divide evenly among the ranks. Even would be: "
+        "batch.multiple_of=64.\n"
+    ) in text
+
+
+def test_growth_that_cannot_come_is_one_table(capsys: pytest.CaptureFixture[str]) -> None:
+    text = table(capsys, "batch.growth={policy: plateau, dwell: 20ep}")
+    assert (
+        "(policy plateau), but nothing that could grow the batch is decided within the run.\n"
+    ) in text
+    assert len(rows(text)) == 1
+    assert "evenly" not in text
+
+
+def test_a_recipe_says_where_it_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
+    paper = (
+        "paper={source: 'A and B 2017', place: 'Table 1, row [3]', printed: ["
+        "{metric: accuracy, value: 0.73}, {metric: error, below: 0.01, note: of a run}, "
+        "{metric: curve}]}"
+    )
+    assert (
+        "Recipe: A and B 2017, Table 1, row [3]; printed there: accuracy 0.73; "
+        "error below 0.01 (of a run); curve.\n"
+    ) in table(capsys, paper)
+    assert "Recipe: A, p. 1.\n" in table(capsys, "paper={source: A, place: p. 1}")
 
 
 @pytest.mark.parametrize(
@@ -390,7 +710,7 @@ def test_a_thousand_stages_are_printed() -> None:
             [str(DEMO), "batch.growth.factor=0.5"],
             "batch.growth.factor: must be at least 1, not 0.5",
         ),
-        ([str(DEMO), "data.dataset=cifar"], "unknown data set 'cifar'; valid: digits, mnist"),
+        ([str(DEMO), "data.dataset=cifar"], "unknown data set 'cifar'; valid: cifar10, "),
         ([str(DEMO), "lr.on_growth=1e20"], "the learning rate is past 3.4e38 in stage 2"),
         ([str(DEMO), "train.duration=100sa"], "lr.warmup.duration = 2ep is longer than"),
     ],

@@ -44,9 +44,9 @@ class Clock:
         Raises ValueError if one is in updates and the other is not.
         """
         first, last = self._units(begin, end), self._units(end, end)
-        if last <= first:
-            return 1.0
         here = self.updates if end.unit == "up" else self.samples
+        if last <= first:
+            return float(here >= last)
         return max(0.0, float((here - first) / (last - first)))
 
     def periods(self, begin: Duration | None, every: Duration) -> Fraction:

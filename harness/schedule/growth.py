@@ -271,7 +271,7 @@ class StageScheduler:
         self.policy = policy
         self.measured = policy if isinstance(policy, MeasuredPolicy) else None
         """The policy, if it decides from measurements."""
-        self._cap = cap or HUGE
+        self._cap = cap or HUGE - HUGE % multiple_of
         self._multiple = multiple_of
         self._shrink = shrink
         self.agree: Callable[[int], int] = _own
@@ -347,9 +347,8 @@ class StageScheduler:
         if self.measured is not None:
             slowest = Fixed(self.policy.initial)
             fastest = self.measured.fastest(lambda b: min(self._rounded(b), self._cap), self._cap)
-        cap = None if self._cap == HUGE else self._cap
         first, second = (
-            StageScheduler(policy, cap, self._multiple, self._shrink)
+            StageScheduler(policy, self._cap, self._multiple, self._shrink)
             for policy in (slowest, fastest)
         )
         return first, second
@@ -366,6 +365,8 @@ class StageScheduler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state. Raises KeyError or ValueError if it is another policy's."""
+        if self.measured is None and "policy" in state:
+            raise ValueError("the state is of a policy that measures, but this one does not")
         self._batch, self._stage = int(state["batch"]), int(state["stage"])
         self._growths = int(state["growths"])
         if self.measured is not None:

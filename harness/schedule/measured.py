@@ -51,7 +51,8 @@ def geometric_limit(updates: Sequence[int], losses: Sequence[float]) -> float | 
     """
     first, second = updates[1] - updates[0], updates[2] - updates[1]
     before, after = losses[0] - losses[1], losses[1] - losses[2]
-    if after <= 0 or before * second <= after * first:
+    # A fall that is a rounding error says nothing of a limit.
+    if after <= 1e-9 * abs(losses[2]) or before * second <= after * first:
         return None
     low, high = -1e3 / min(first, second), 0.0  # log r; the quotient below falls as it grows
     for _ in range(100):
@@ -62,6 +63,13 @@ def geometric_limit(updates: Sequence[int], losses: Sequence[float]) -> float | 
         else:
             low = log_r
     return losses[2] + after * exp(second * low) / expm1(second * low)
+
+
+def _quotient_up(numerator: float, denominator: float) -> int:
+    """⌈numerator / denominator⌉, at most HUGE; a rounding error does not add a sample."""
+    if denominator * HUGE <= numerator:
+        return HUGE
+    return ceil(numerator / denominator * (1 - 1e-12))
 
 
 class Smoothed:
@@ -78,9 +86,9 @@ class Smoothed:
             share = 1 / float(self._memory.value)
         else:
             share = samples / self._memory.boundary(1, clock.dataset_size)
-        keep = exp(-share)
-        self._sum = keep * self._sum + (1 - keep) * value
-        self._weight = keep * self._weight + (1 - keep)
+        keep, new = exp(-share), -expm1(-share)
+        self._sum = keep * self._sum + new * value
+        self._weight = keep * self._weight + new
 
     @property
     def value(self) -> float | None:
@@ -162,7 +170,8 @@ class _Decider:
         """Index of the first decision that may grow the batch (or an earlier one)."""
         if not self.wait or self.wait.unit != self.dwell.unit:
             return 1
-        return max(1, ceil(self.wait.value / self.dwell.value))
+        # A decision that falls due before the end of the wait may be taken at an update past it.
+        return max(1, self.wait.value // self.dwell.value)
 
     def fastest(self, grow: Callable[[int], int], cap: int) -> GrowthPolicy:
         first = self._first_growth()
@@ -276,8 +285,7 @@ class Loss(_Decider):
                 f"batch.growth.optimum = {least:g} is not below the loss at the start, "
                 f"{self._initial_loss:.6g}; give the least loss that can be reached, or 0"
             )
-        asked = HUGE if gap * HUGE <= self.initial * first else ceil(self.initial * first / gap)
-        return min(HUGE, asked), (
+        return _quotient_up(self.initial * first, gap), (
             f"loss: {self.initial} × ({self._initial_loss:.4g} − {least:.4g}) / "
             f"({now:.4g} − {least:.4g})"
         )
@@ -289,7 +297,7 @@ class Loss(_Decider):
         if len(self._last) == 3:
             limit = geometric_limit([int(k) for k, _ in self._last], [f for _, f in self._last])
             self._estimate = self._estimate if limit is None else max(0.0, limit)
-        if self._estimate >= now:  # the loss has shown it to be wrong
+        if self._estimate >= min(now, self._initial_loss or now):  # the losses show it to be wrong
             self._estimate = 0.0
         return self._estimate
 
@@ -322,7 +330,8 @@ class Rolling(_Decider):
             return
         self._norm2.add(clock, seen.samples, norm2)
         self._loss.add(clock, seen.samples, seen.loss)
-        if self._waiting(clock) or not self._first_count:
+        start = Clock(clock.samples - seen.samples, clock.updates - 1, clock.dataset_size)
+        if self._waiting(start) or not self._first_count:
             self._first_sum += norm2 + self.loss_weight * seen.loss
             self._first_count += 1
 
@@ -332,8 +341,8 @@ class Rolling(_Decider):
             return None
         first = self._first_sum / self._first_count
         now = norm2 + self.loss_weight * smooth
-        asked = HUGE if now * HUGE <= self.initial * first else ceil(self.initial * first / now)
-        return min(HUGE, asked), f"rolling: {self.initial} × {first:.4g} / {now:.4g}"
+        asked = _quotient_up(self.initial * first, now)
+        return asked, f"rolling: {self.initial} × {first:.4g} / {now:.4g}"
 
 
 class Noise(_Decider):

@@ -155,7 +155,9 @@ def _follow(
                 end_epoch=row.end_epoch,
                 updates=rows[-1].updates + row.updates,
                 lr_end=row.lr_end,
-                lr_after_warmup=row.lr_after_warmup or rows[-1].lr_after_warmup,
+                lr_after_warmup=(
+                    rows[-1].lr_after_warmup if row.lr_after_warmup is None else row.lr_after_warmup
+                ),
                 momentum_end=row.momentum_end,
                 effective_lr_end=row.effective_lr_end,
                 asked=row.asked,
@@ -237,15 +239,17 @@ def _check_lengths(config: Config, dataset_size: int) -> None:
 
 def _check_reached(config: Config, plan: Plan) -> None:
     """Refuse a warmup that the run does not reach the end of, where one is in updates and the other
-    is not; with growth from measurements, one that no growth at all would let it reach."""
+    is not; with growth from measurements, one that it cannot reach however it grows."""
     warmup = config.lr.warmup
     if warmup is None:
         return
-    last = Clock(
-        plan.stages[-1].end_sample, sum(row.updates for row in plan.stages), plan.dataset_size
-    )
-    if warmup.duration.passed(last.samples, last.updates, last.dataset_size) < 1:
-        length = f"{last.epoch:g}ep, {last.updates}up"
+    ends = [
+        Clock(one.stages[-1].end_sample, sum(row.updates for row in one.stages), one.dataset_size)
+        for one in (plan, plan.fastest)
+        if one is not None
+    ]
+    if not any(warmup.duration.passed(e.samples, e.updates, e.dataset_size) for e in ends):
+        length = f"{ends[0].epoch:g}ep, {ends[0].updates}up"
         raise ConfigError(
             f"lr.warmup.duration = {warmup.duration} is longer than the run, which takes {length}"
         )
