@@ -18,6 +18,8 @@ _OVERRIDES = "settings laid over the file, such as batch.initial=128"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code (0 done, 1 failed, 2 bad usage, 75 stopped early)."""
     options = _parse(arguments)
+    if sys.stdout is None:  # closed by the caller, as in `harness plan … >&-`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as we live
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or log that only knows ASCII
             stream.reconfigure(errors="replace")

@@ -43,13 +43,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def check_trainable(config: Config) -> None:
-    """Raise ConfigError or DataError for what can be planned but not, in this version, trained."""
+    """Raise DataError for what can be planned but not, in this version, trained."""
     check_loadable(config.data.dataset)
-    if config.optimizer.name != "sgd":
-        raise ConfigError(
-            f"optimizer.name = {config.optimizer.name} can be planned, but this version cannot "
-            "train with it; it can with sgd"
-        )
 
 
 def dump_config(config: Config) -> str:
@@ -208,7 +203,7 @@ _RULES = {
     "less_than": "less than {lt}",
     "literal_error": "{expected}",
     "list_type": "a list",
-    "too_short": "a list of at least {min_length}",
+    "too_short": "a list of at least {min_length} entry",
     "model_type": "a mapping of keys",
     "model_attributes_type": "a mapping of keys",
 }

@@ -309,14 +309,24 @@ class Ranks(Section):
         return self
 
 
+LARS_ONLY = ("trust_coefficient", "eps", "lr_in_momentum", "clip", "adapt_1d")
+
+
 class Optimizer(Section):
     name: Literal["sgd", "lars"] = "sgd"
-    """sgd; planning knows lars too."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Rate = 0.0
     nesterov: bool = False
     trust_coefficient: Factor | None = None
-    """lars: η in the trust ratio η‖w‖ / (‖g‖ + β‖w‖); default: 0.001."""
+    """lars: η in the trust ratio η‖w‖ / (‖g‖ + β‖w‖ + eps); default: 0.001."""
+    eps: Rate | None = None
+    """lars: guard of the trust ratio; default: 0."""
+    lr_in_momentum: bool | None = None
+    """lars: whether the rate is inside the momentum (paper) or outside (LARC); default: true."""
+    clip: bool | None = None
+    """lars: a layer's rate is at most the global one (LARC); default: false."""
+    adapt_1d: bool | None = None
+    """lars: whether biases and batch norm's parameters are adapted and decayed; default: false."""
     momentum_scaling: Literal["none", "smith_le"] = "none"
     """smith_le: the part of the scaling rule that the rate may not follow, because of lr.max or
     lr.max_batch, goes to 1 / (1 − momentum) (Smith and Le 2018)."""
@@ -327,10 +337,11 @@ class Optimizer(Section):
     def _consistent(self) -> Self:
         if self.nesterov and self.momentum == 0:
             raise ValueError("optimizer.nesterov needs optimizer.momentum above 0")
-        if self.name != "lars" and self.trust_coefficient is not None:
-            raise ValueError(
-                f"optimizer.trust_coefficient belongs to optimizer.name = lars, not {self.name}"
-            )
+        for name in LARS_ONLY:
+            if self.name != "lars" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"optimizer.{name} belongs to optimizer.name = lars, not {self.name}"
+                )
         if self.momentum_scaling != "none" and self.max_momentum < self.momentum:
             raise ValueError(
                 f"optimizer.max_momentum = {self.max_momentum} is less than optimizer.momentum = "

@@ -18,6 +18,7 @@ from harness.errors import ConfigError, HarnessError, StoppedEarly
 from harness.evaluate import Evaluation, evaluate
 from harness.journal import Journal
 from harness.keyed import fold_key
+from harness.optimizer import build_optimizer
 from harness.profiler import PhaseClock
 from harness.progress import Display, Pace, Status
 from harness.reducer import GradientReducer, Reduced
@@ -72,14 +73,7 @@ class Trainer:
             config.comm.summation,
             micro_norms=self._measures_noise,
         )
-        self._optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=config.lr.base,
-            momentum=config.optimizer.momentum,
-            weight_decay=config.optimizer.weight_decay,
-            nesterov=config.optimizer.nesterov,
-            foreach=True,
-        )
+        self._optimizer = build_optimizer(model, config)
         self._phases = PhaseClock()
         self._window = Window()
         self._pace = Pace()

@@ -96,6 +96,8 @@ def dump_yaml(data: Any) -> str:
 
 def shown(value: object) -> str:
     """A value as a message shows it: as YAML has it, on one line, and short."""
+    if value == []:
+        return "an empty list"
     if isinstance(value, dict | list):
         return "a mapping" if isinstance(value, dict) else "a list"
     if value is None or isinstance(value, bool):

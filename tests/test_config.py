@@ -57,6 +57,10 @@ FULL: dict[str, Any] = {
         "weight_decay": 1e-05,
         "nesterov": True,
         "trust_coefficient": 0.02,
+        "eps": 1.0e-8,
+        "lr_in_momentum": False,
+        "clip": True,
+        "adapt_1d": False,
         "momentum_scaling": "smith_le",
         "max_momentum": 0.99,
     },
@@ -960,6 +964,10 @@ class TestAcrossKeys:
             (
                 ["optimizer.trust_coefficient=0.02"],
                 "optimizer.trust_coefficient belongs to optimizer.name = lars, not sgd",
+            ),
+            (
+                ["optimizer.clip=false"],
+                "optimizer.clip belongs to optimizer.name = lars, not sgd",
             ),
             (
                 ["optimizer.momentum_scaling=smith_le", "optimizer.max_momentum=0.5"],

@@ -40,6 +40,8 @@ ABOVE_THE_LINE = (
 BELOW_THE_LINE = (
     "harness.comm",
     "harness.reducer",
+    "harness.lars",
+    "harness.optimizer",
     "harness.models",
     "harness.data",
     "harness.profiler",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
@@ -731,3 +734,11 @@ def test_a_list_is_no_configuration(capsys: pytest.CaptureFixture[str], tmp_path
     (tmp_path / "list.yaml").write_text("- name: x\n")
     assert main(["plan", str(tmp_path / "list.yaml")]) == 2
     assert "is a mapping of keys, but found a list" in capsys.readouterr().err
+
+
+def test_a_closed_standard_output_is_no_error() -> None:
+    command = shlex.join([sys.executable, "-m", "harness", "plan", str(DEMO)])
+    done = subprocess.run(
+        ["sh", "-c", f"exec {command} >&-"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

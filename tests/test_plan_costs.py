@@ -699,3 +699,8 @@ def test_times_as_people_say_them(seconds: float, text: str) -> None:
 )  # fmt: skip
 def test_sizes_as_people_say_them(size: float, text: str) -> None:
     assert data_size(size) == text
+
+
+def test_what_is_no_regular_file_is_refused_at_once() -> None:
+    with pytest.raises(DataError, match="/dev/zero: not a regular file"):
+        read_throughput(Path("/dev/zero"))

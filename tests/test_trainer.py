@@ -20,6 +20,7 @@ from harness.data.augment import Affine
 from harness.data.datasets import ImageData, ImageSplit
 from harness.errors import HarnessError, StoppedEarly, UsageError
 from harness.journal import Journal
+from harness.lars import LARS
 from harness.progress import Silent
 from harness.records import Position, RunDirectory, rewind
 from harness.schedule.plan import build_plan
@@ -243,11 +244,24 @@ def test_growth_by_measurement_stays_within_the_bounds_of_the_plan(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "setting", ["optimizer.name=lars", "data.dataset=cifar10", "data.dataset=imagenet"]
+    "setting", ["data.dataset=fashion-mnist", "data.dataset=cifar10", "data.dataset=imagenet"]
 )
 def test_what_can_only_be_planned_is_refused_before_it_starts(setting: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="can be planned, but this version cannot train"):
         check_trainable(config(tmp_path, setting))
+
+
+def test_lars_goes_on_as_it_was_from_any_update(tmp_path: Path) -> None:
+    optimizer = "{name: lars, weight_decay: 0.001, trust_coefficient: 0.01, momentum: 0.9}"
+    cfg = config(tmp_path, f"optimizer={optimizer}", "lr.base=2", "train.duration=3ep")
+    undisturbed, _ = go(cfg, tmp_path / "whole")
+    assert isinstance(undisturbed._optimizer, LARS)
+    for update in range(1, undisturbed.clock.updates, 9):
+        directory = tmp_path / f"stopped-{update}"
+        with pytest.raises(StoppedEarly, match=f"after update {update}:"):
+            go(cfg, directory, StopAfter(update))
+        resumed, _ = go(cfg, directory, resume=True)
+        assert same_weights(resumed, undisturbed), update
 
 
 def test_killed_after_any_checkpoint_it_is_the_same_run_record_for_record(tmp_path: Path) -> None:

@@ -299,6 +299,8 @@ def read_throughput(path: Path) -> Throughput:
     Raises DataError, with the file and the line, for what is not in that form or tells nothing.
     """
     file = path / "metrics.jsonl" if os.path.isdir(path) else path  # Path.is_dir may raise
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise DataError(f"{file}: not a regular file; give a run directory or its metrics.jsonl")
     windows: list[_Window] = []
     sent: list[tuple[int, float]] = []
     before: dict[str, Any] = {}

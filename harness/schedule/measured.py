@@ -228,11 +228,10 @@ class Loss(_Decider):
 
     ``optimum`` is F*, if it is known; 0 is a bound below any cross-entropy; ``estimate``
     extrapolates the losses of the last three decisions (``geometric_limit``), never below 0.
-    ``loss`` says what F is: ``running``, the
-    smoothed loss of the updates, which costs nothing; ``sample`` and ``full``, the loss over some
-    training samples or over all, at each decision.
+    ``loss`` says what F is: ``running``, the smoothed loss of the updates, which costs nothing;
+    ``sample`` and ``full``, the loss over some training samples or over all, at each decision.
 
-    Raises ConfigError, when it decides, if ``optimum`` is not below the initial loss.
+    Raises ConfigError, with the first loss, if ``optimum`` is not below it.
     """
 
     _SAVED = ("running", "initial_loss", "last", "estimate")
@@ -269,26 +268,29 @@ class Loss(_Decider):
         if self.loss != "running" or not isfinite(seen.loss):
             return
         if self._initial_loss is None:
-            self._initial_loss = seen.loss
+            self._begin(seen.loss)
         self._running.add(clock, seen.samples, seen.loss)
 
     def _wanted(self, clock: Clock, batch: int, loss: float | None) -> tuple[int, str] | None:
         now = self._running.value if self.loss == "running" else loss
         if now is None or not isfinite(now):
             return None
-        if self._initial_loss is None:
-            self._initial_loss = now
+        initial = self._begin(now) if self._initial_loss is None else self._initial_loss
         least = self._optimum(clock, now)
-        gap, first = now - least, self._initial_loss - least
-        if first <= 0:
-            raise ConfigError(
-                f"batch.growth.optimum = {least:g} is not below the loss at the start, "
-                f"{self._initial_loss:.6g}; give the least loss that can be reached, or 0"
-            )
+        gap, first = now - least, initial - least
         return _quotient_up(self.initial * first, gap), (
-            f"loss: {self.initial} × ({self._initial_loss:.4g} − {least:.4g}) / "
-            f"({now:.4g} − {least:.4g})"
+            f"loss: {self.initial} × ({initial:.4g} − {least:.4g}) / ({now:.4g} − {least:.4g})"
         )
+
+    def _begin(self, loss: float) -> float:
+        """Take F(w0), and refuse an optimum that is not below it."""
+        if self.optimum != "estimate" and self.optimum >= loss:
+            raise ConfigError(
+                f"batch.growth.optimum = {self.optimum:g} is not below the loss at the start, "
+                f"{loss:.6g}; give the least loss that can be reached, or 0"
+            )
+        self._initial_loss = loss
+        return loss
 
     def _optimum(self, clock: Clock, now: float) -> float:
         if self.optimum != "estimate":
@@ -305,7 +307,8 @@ class Loss(_Decider):
 class Rolling(_Decider):
     """⌈B0 · q0 / q⌉, q the rolling mean of ‖g‖² + loss_weight · loss: RadaDamp (Sievert 2020).
 
-    q0 is the mean over ``wait``, because the first gradients are larger than any that follow.
+    q0 is the mean over ``wait``, as the published code has it, to be spared single large gradients.
+    Where gradients grow in training, as they may at first, the batch stays.
     """
 
     _SAVED = ("norm2", "loss", "first_sum", "first_count")

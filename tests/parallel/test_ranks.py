@@ -235,7 +235,8 @@ def test_values_with_shell_characters_reach_the_ranks_unharmed(tmp_path: Path) -
     directory = tmp_path / "a dir; with $HOME 'quotes'"
     for launcher in ("horovodrun", "mpirun"):
         target = directory / launcher
-        arguments = run_arguments(target, 2, f"name={json.dumps(name)}", "train.duration=3up")
+        overrides = (f"name={json.dumps(name)}", "train.duration=3up", "lr.warmup=null")
+        arguments = run_arguments(target, 2, *overrides)
         done = harness(*arguments, "--launcher", launcher, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         assert load_config(target / "config.yaml").name == name
