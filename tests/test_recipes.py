@@ -273,9 +273,9 @@ def test_adadamp_recipes_differ_in_growth_alone() -> None:
     for policy in ("sgd", "adadamp", "padadamp", "geodamp", "radadamp"):
         config = recipe(f"adadamp/cifar10-resnet34-{policy}")
         kinds[policy] = config.batch.growth.policy
-        alike = config.model_copy(update={"name": "", "batch": None})
+        alike = config.model_copy(update={"name": "", "batch": None, "paper": None})
         assert alike == recipe("adadamp/cifar10-resnet34-sgd").model_copy(
-            update={"name": "", "batch": None}
+            update={"name": "", "batch": None, "paper": None}
         )
     assert kinds == {
         "sgd": "fixed",
