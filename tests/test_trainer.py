@@ -264,6 +264,7 @@ def test_lars_goes_on_as_it_was_from_any_update(tmp_path: Path) -> None:
         assert same_weights(resumed, undisturbed), update
 
 
+@pytest.mark.slow
 def test_killed_after_any_checkpoint_it_is_the_same_run_record_for_record(tmp_path: Path) -> None:
     """Go back to each checkpoint of a finished run: whatever was recorded since is redone once."""
     cfg = config(tmp_path)

@@ -110,6 +110,7 @@ def test_a_dead_rank_ends_the_job_and_is_named(
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_the_promised_world_size_is_asserted(tmp_path: Path) -> None:
     ranks = [
         sys.executable,
@@ -199,6 +200,7 @@ def test_bad_input_is_one_message_and_exit_code_2(case: str, tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_truncated_idx_file_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
     root = tmp_path / "mnist"
     root.mkdir()
