@@ -63,8 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--throughput",
         type=Path,
-        metavar="FILE",
-        help="a run directory or its metrics.jsonl: adds time, node-hours and bytes sent",
+        action="append",
+        metavar="PATH",
+        help="a run directory or a file like its metrics.jsonl: adds time, node-hours and bytes "
+        "sent; can be given several times",
     )
     plan.add_argument("--json", action="store_true", help="for programs")
     plan.set_defaults(run=_plan)
@@ -114,9 +116,16 @@ def _plan(options: argparse.Namespace) -> int:
     plan = build_plan(config, train_size(config.data.dataset, config.data.root))
     costs = None
     if options.throughput is not None:
-        from harness.schedule.costs import price, read_throughput
+        from harness.schedule.costs import measured_otherwise, price, read_throughput
 
-        costs = price(config, plan, read_throughput(options.throughput))
+        costs = price(config, plan, read_throughput(*options.throughput))
+        for path in options.throughput:
+            if differences := measured_otherwise(config, path):
+                print(
+                    f"harness: {path} was measured with {', '.join(differences)}: its times and "
+                    "bytes may not be this plan's",
+                    file=sys.stderr,
+                )
     if options.json:
         print(json.dumps(plan.as_dict() if costs is None else costs.as_dict(plan), indent=2))
     else:

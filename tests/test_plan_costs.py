@@ -17,7 +17,7 @@ from rich.console import Console
 from support import ROOT
 
 from harness.cli import main
-from harness.config import load_config
+from harness.config import dump_config, load_config
 from harness.errors import DataError
 from harness.schedule.clock import Clock, step, update_size
 from harness.schedule.configured import stage_scheduler
@@ -586,6 +586,40 @@ def test_a_run_directory_is_a_throughput_file(
     measured(tmp_path).rename(tmp_path / "metrics.jsonl")
     by_file = as_json(capsys, "--throughput", str(tmp_path / "metrics.jsonl"))
     assert as_json(capsys, "--throughput", str(tmp_path)) == by_file
+
+
+def test_several_throughput_files_are_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What each tells of its own ranks; the median where both tell of the same."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    paths = [written(one, [line(0.5), line(0.3)]), written(two, [line(0.1), line(0.7)])]
+    both = read_throughput(*paths)
+    assert timed(both, 2, 1) == (pytest.approx(0.5), "measured")
+    options = [word for path in paths for word in ("--throughput", str(path))]
+    priced = as_json(capsys, *options, "ranks.max=2")
+    alone = as_json(capsys, *options[:2], "ranks.max=2")
+    assert priced["stages"][0]["seconds"] == pytest.approx(
+        alone["stages"][0]["seconds"] * 0.5 / timed(read_throughput(paths[0]), 2, 1)[0]
+    )
+
+
+def test_measurements_of_another_model_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = measured(tmp_path).rename(tmp_path / "metrics.jsonl")
+    made = load_config(DEMO, ["model.name=my:Net", "comm.compression=none"])
+    (tmp_path / "config.yaml").write_text(dump_config(made))
+    for path in (tmp_path, metrics):
+        assert main(["plan", str(DEMO), "--throughput", str(path), "--json"]) == 0
+        told = capsys.readouterr().err
+        assert "model.name my:Net (this plan: lenet5)" in told
+        assert "comm.compression none (this plan: fp16)" in told
+    (tmp_path / "config.yaml").write_text(dump_config(load_config(DEMO)))
+    assert main(["plan", str(DEMO), "--throughput", str(tmp_path), "--json"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def printed(

@@ -1,8 +1,9 @@
 """What a plan costs: time, node-hours and bytes from a measured throughput, and uneven stages.
 
-A throughput file is a run's metrics.jsonl, or any JSON Lines file with some of its fields. It tells
-how long an update takes on the ranks and with the micro-batch that it was measured with. From there
-one can go to other accumulations, as a rank's micro-batches follow one another; not to other ranks.
+Throughput files are runs' metrics.jsonl, or any JSON Lines files with some of their fields. They
+tell how long an update takes on the ranks and with the micro-batch that it was measured with. From
+there one can go to other accumulations, as a rank's micro-batches follow one another; not to other
+ranks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from math import fsum, lcm
 from pathlib import Path
 from typing import Any, Literal
 
+from harness.config import load_config
 from harness.errors import DataError, HarnessError
 from harness.schedule.clock import Clock, updates_by_size
 from harness.schedule.plan import Plan, Stage, build_plan, decompose, ranks_for, run_end
@@ -293,12 +295,48 @@ class _Window:
     """The mean time of an update."""
 
 
-def read_throughput(path: Path) -> Throughput:
-    """Read a throughput file, or the metrics.jsonl of a run directory.
+def read_throughput(*paths: Path) -> Throughput:
+    """Read throughput files, or the metrics.jsonl of run directories, as one.
 
     Raises DataError, with the file and the line, for what is not in that form or tells nothing.
     """
-    file = path / "metrics.jsonl" if os.path.isdir(path) else path  # Path.is_dir may raise
+    groups: dict[tuple[int, int], list[_Window]] = {}
+    sent: list[tuple[int, float]] = []
+    for path in paths:
+        windows, payloads = _read(_file(path))
+        sent += payloads
+        for window in _without_warm_up(windows):
+            groups.setdefault((window.ranks, window.micro_batch), []).append(window)
+    sizes = [size for ranks, size in sent if ranks > 1] or [size for _, size in sent]
+    return Throughput(
+        {key: _update_times(group) for key, group in groups.items()},
+        _median(sizes) if sizes else None,
+    )
+
+
+def measured_otherwise(config: Config, path: Path) -> list[str]:
+    """How the run that a throughput file belongs to differs in what its times and bytes depend on,
+    as ``key value (this plan: value)``; nothing if the file belongs to no run."""
+    file = _file(path).with_name("config.yaml")
+    if not os.path.isfile(file):
+        return []
+    measured = load_config(file)
+    values = (
+        ("model.name", config.model.name, measured.model.name),
+        ("data.dataset", config.data.dataset, measured.data.dataset),
+        ("optimizer.name", config.optimizer.name, measured.optimizer.name),
+        ("comm.compression", config.comm.compression, measured.comm.compression),
+        ("comm.summation", config.comm.summation, measured.comm.summation),
+    )
+    return [f"{key} {there} (this plan: {here})" for key, here, there in values if here != there]
+
+
+def _file(path: Path) -> Path:
+    return path / "metrics.jsonl" if os.path.isdir(path) else path  # Path.is_dir may raise
+
+
+def _read(file: Path) -> tuple[list[_Window], list[tuple[int, float]]]:
+    """A file's windows, and (ranks, bytes per update) of those that tell."""
     if os.path.exists(file) and not os.path.isfile(file):
         raise DataError(f"{file}: not a regular file; give a run directory or its metrics.jsonl")
     windows: list[_Window] = []
@@ -314,14 +352,7 @@ def read_throughput(path: Path) -> Throughput:
         before = fields
     if not windows:
         raise DataError(f"{file}: no line tells a throughput; {_FORM}")
-    groups: dict[tuple[int, int], list[_Window]] = {}
-    for window in _without_warm_up(windows):
-        groups.setdefault((window.ranks, window.micro_batch), []).append(window)
-    sizes = [size for ranks, size in sent if ranks > 1] or [size for _, size in sent]
-    return Throughput(
-        {key: _update_times(group) for key, group in groups.items()},
-        _median(sizes) if sizes else None,
-    )
+    return windows, sent
 
 
 def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
