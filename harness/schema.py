@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from harness.optimizer_table import OPTIMIZERS, REFUSED, check_options
 from harness.units import Duration
 from harness.yamlfile import shown
 
@@ -309,45 +310,150 @@ class Ranks(Section):
         return self
 
 
-LARS_ONLY = ("trust_coefficient", "eps", "lr_in_momentum", "clip", "adapt_1d")
+LARS_ONLY = (
+    "trust_coefficient",
+    "eps",
+    "denominator",
+    "lr_in_momentum",
+    "clip",
+    "decay_at_zero_norm",
+)
+
+
+def _options(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"must be a mapping of options, not {shown(value)}")
+    return value
 
 
 class Optimizer(Section):
-    name: Literal["sgd", "lars"] = "sgd"
+    name: Literal[
+        "sgd",
+        "lars",
+        "lamb",
+        "adadelta",
+        "adafactor",
+        "adagrad",
+        "adam",
+        "adamax",
+        "adamw",
+        "asgd",
+        "nadam",
+        "radam",
+        "rmsprop",
+        "rprop",
+    ] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """sgd, lars, rmsprop; 0 for all others."""
     weight_decay: Rate = 0.0
+    """0 unless given, adamw's too."""
     nesterov: bool = False
+    """sgd, lars."""
+    options: Annotated[dict[str, Any], PlainValidator(_options)] = {}
+    """What else lamb, or an optimizer of torch.optim, takes: betas, eps, …"""
+    skip: list[Annotated[str, Field(min_length=1, max_length=200)]] = []
+    """Patterns of parameter names, as *.bias: neither decayed nor, by lars and lamb, adapted."""
+    decay_1d: bool | None = None
+    """Whether weight decay acts on biases and batch norm's parameters; default: true. lars, lamb:
+    see adapt_1d."""
+    clip_grad_norm: Factor | None = None
+    """A gradient whose L2 norm over all parameters is larger is scaled down to it; null: never."""
+    preset: Literal["paper", "mlperf", "larc"] | None = None
+    """lars: defaults of the keys below, as one of its definitions has them."""
     trust_coefficient: Factor | None = None
     """lars: η in the trust ratio η‖w‖ / (‖g‖ + β‖w‖ + eps); default: 0.001."""
     eps: Rate | None = None
     """lars: guard of the trust ratio; default: 0."""
+    denominator: Literal["sum", "gradient", "decayed"] | None = None
+    """lars: what the trust ratio divides by, ‖g‖ + β‖w‖, ‖g‖ (NVIDIA Caffe) or ‖g + βw‖ (optax);
+    default: sum."""
     lr_in_momentum: bool | None = None
     """lars: whether the rate is inside the momentum (paper) or outside (LARC); default: true."""
     clip: bool | None = None
     """lars: a layer's rate is at most the global one (LARC); default: false."""
+    decay_at_zero_norm: bool | None = None
+    """lars: whether a layer is decayed while its gradient is zero (LARC: false); default: true."""
     adapt_1d: bool | None = None
-    """lars: whether biases and batch norm's parameters are adapted and decayed; default: false."""
+    """lars, lamb: whether biases and batch norm's parameters are adapted and decayed; default:
+    false."""
     momentum_scaling: Literal["none", "smith_le"] = "none"
     """smith_le: the part of the scaling rule that the rate may not follow, because of lr.max or
     lr.max_batch, goes to 1 / (1 − momentum) (Smith and Le 2018)."""
     max_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     """momentum_scaling goes no further."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+            return values
+        name = values["name"]
+        if name in REFUSED:
+            raise ValueError(f"optimizer.name = {name} cannot train here: {REFUSED[name]}")
+        default = cls.model_fields["momentum"].default
+        given = values.get("momentum", default)
+        if name in OPTIMIZERS and not OPTIMIZERS[name].momentum and type(given) in (int, float):
+            # The default, or what a base file has for its SGD, asks for nothing.
+            return values | {"momentum": 0.0 if given == default else given}
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("optimizer.nesterov needs optimizer.momentum above 0")
-        for name in LARS_ONLY:
+        check_options(self.name, self.options)
+        self._check_shared_keys()
+        for name in (*LARS_ONLY, "preset"):
             if self.name != "lars" and getattr(self, name) is not None:
+                option = name in OPTIMIZERS[self.name].options
+                hint = f"; {self.name} has optimizer.options.{name}" if option else ""
                 raise ValueError(
-                    f"optimizer.{name} belongs to optimizer.name = lars, not {self.name}"
+                    f"optimizer.{name} belongs to optimizer.name = lars, not {self.name}{hint}"
                 )
+        if self.adapt_1d is not None and self.name not in ("lars", "lamb"):
+            raise ValueError(
+                f"optimizer.adapt_1d belongs to optimizer.name = lars or lamb, not {self.name}; "
+                "that one has optimizer.decay_1d"
+            )
+        if self.decay_1d is not None and self.name in ("lars", "lamb"):
+            raise ValueError(
+                f"optimizer.decay_1d does not belong to optimizer.name = {self.name}, which has "
+                "optimizer.adapt_1d"
+            )
         if self.momentum_scaling != "none" and self.max_momentum < self.momentum:
             raise ValueError(
                 f"optimizer.max_momentum = {self.max_momentum} is less than optimizer.momentum = "
                 f"{self.momentum}"
             )
         return self
+
+    def _check_shared_keys(self) -> None:
+        """Raise ValueError for a key that all share where this optimizer has nothing like it."""
+        choice = OPTIMIZERS[self.name]
+        betas = "; its decay rates are optimizer.options.betas" if "betas" in choice.options else ""
+        if not choice.momentum and self.momentum != 0:
+            raise ValueError(
+                f"optimizer.momentum = {self.momentum}: {self.name} has no momentum{betas}"
+            )
+        if not choice.momentum and self.momentum_scaling != "none":
+            raise ValueError(
+                f"optimizer.momentum_scaling = {self.momentum_scaling} needs an optimizer with a "
+                f"momentum: {_names_with('momentum')}; {self.name} has none{betas}"
+            )
+        if self.nesterov and not choice.nesterov:
+            raise ValueError(
+                f"optimizer.nesterov belongs to optimizer.name = {_names_with('nesterov')}, not "
+                f"{self.name}"
+            )
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("optimizer.nesterov needs optimizer.momentum above 0")
+        if self.nesterov and self.options.get("dampening"):
+            raise ValueError("optimizer.nesterov needs optimizer.options.dampening = 0")
+        for key in ("weight_decay", "skip", "decay_1d"):
+            if not choice.weight_decay and getattr(self, key):
+                raise ValueError(f"optimizer.{key}: {self.name} has no weight decay")
+
+
+def _names_with(feature: Literal["momentum", "nesterov"]) -> str:
+    return ", ".join(name for name, choice in OPTIMIZERS.items() if getattr(choice, feature))
 
 
 class Warmup(Section):
@@ -463,23 +569,34 @@ class LearningRate(Section):
 
 
 class Comm(Section):
-    backend: Literal["horovod", "solo"] = "horovod"
-    """solo: a single process without Horovod."""
+    backend: Literal["horovod", "torch", "solo"] = "horovod"
+    """torch: torch.distributed (Gloo, NCCL); solo: a single process without either."""
     controller: Literal["mpi", "gloo"] = "mpi"
     """What carries Horovod's collectives between CPUs."""
-    compression: Literal["none", "fp16"] = "none"
+    compression: Literal["none", "fp16", "fp16_feedback"] = "none"
+    """fp16_feedback: what the cast to fp16 rounds off is added to the next update's gradient."""
     summation: Literal["float", "exact"] = "float"
     """exact: the same weights to the last bit on any number of ranks, for twice the bytes."""
     bucket_mb: Annotated[float, Field(gt=0, le=4096)] = 4.0
     """Size of a gradient bucket in MiB of float32."""
+    autotune: bool = False
+    """Choose bucket_mb and compression by a short measurement at the start of each launch."""
+    cycle_ms: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """Horovod's cycle time; default: the harness's choice."""
+    fusion_mb: Annotated[float, Field(ge=0, le=4096)] | None = None
+    """Horovod's own tensor fusion; default: none. Above 0 its grouping depends on timing, and with
+    three or more ranks resuming is then not bitwise."""
+    yield_when_idle: bool | None = None
+    """Whether MPI ranks that wait give their core away; default: where ranks share cores."""
 
     @model_validator(mode="before")
     @classmethod
     def _no_bf16(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("compression") == "bf16":
             raise ValueError(
-                "comm.compression = bf16: Horovod 0.28.1 cannot carry bfloat16 tensors; "
-                "valid are none and fp16"
+                "comm.compression = bf16: Horovod 0.28.1 cannot carry bfloat16 tensors between "
+                "CPUs (torch.distributed could), and a configuration runs on either; "
+                "valid are none, fp16 and fp16_feedback"
             )
         return values
 
@@ -504,6 +621,8 @@ class Train(Section):
     """How many of the newest checkpoints stay on disk; at least 2, so one may be broken."""
     log_every: Count = 10
     """Updates in one line of metrics.jsonl."""
+    layers_every: Length | None = None
+    """Time between lines of layers.jsonl: each layer's norms and trust ratio; null: never."""
     precision: Literal["fp32"] = "fp32"
 
 
