@@ -19,8 +19,10 @@ class Journal:
         self._run = run
         self._keep = keep_checkpoints
         self._lines, self._trajectory = position.metrics, position.events
+        self._layer_lines = position.layers
         self._metrics = JsonlWriter(run.metrics) if writes else None
         self._events = JsonlWriter(run.events) if writes else None
+        self._layers: JsonlWriter | None = None  # few runs have it
 
     def event(self, kind: str, update: int, **fields: Any) -> None:
         """Append a line to events.jsonl. ``update``: the last one that it depends on."""
@@ -34,14 +36,23 @@ class Journal:
             self._lines += 1
             self._metrics.append(line)
 
+    def layers(self, line: dict[str, Any]) -> None:
+        """Append a line to layers.jsonl, which the first one creates."""
+        if self._metrics is not None:
+            self._layers = self._layers or JsonlWriter(self._run.layers)
+            self._layer_lines += 1
+            self._layers.append(line)
+
     def save(self, update: int, samples_seen: int, state: dict[str, Any]) -> None:
         """Write a checkpoint, after everything that was recorded before it."""
         if self._metrics is None or self._events is None:
             return
         self._metrics.sync()
+        if self._layers is not None:
+            self._layers.sync()
         events = self._events
         # The checkpoint's own event is written before the checkpoint gets its name.
-        position = Position(self._lines, self._trajectory + 1)
+        position = Position(self._lines, self._trajectory + 1, self._layer_lines)
 
         def announce() -> None:
             name = checkpoint.checkpoint_name(update)
@@ -57,7 +68,7 @@ class Journal:
         )
 
     def close(self) -> None:
-        for writer in (self._metrics, self._events):
+        for writer in (self._metrics, self._events, self._layers):
             if writer is not None:
                 writer.sync()
                 writer.close()

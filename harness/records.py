@@ -3,6 +3,7 @@
     config.yaml  provenance.json  plan.json
     metrics.jsonl   one line per logging window
     events.jsonl    stage changes and why, evaluations, checkpoints, faults, restarts
+    layers.jsonl    per-layer ‖w‖, ‖∇w‖ and trust ratio, where train.layers_every asks for it
     checkpoints/    update-00001234.pt and its digest
     failures/       the last words of ranks that failed
     report/         index.html, summary.json, *.csv, *.svg
@@ -66,6 +67,10 @@ class RunDirectory:
     @property
     def events(self) -> Path:
         return self.path / "events.jsonl"
+
+    @property
+    def layers(self) -> Path:
+        return self.path / "layers.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -231,19 +236,41 @@ def read_jsonl(path: Path) -> Iterator[Record | None]:
         return
     with path.open("rb") as lines:
         for line in lines:
-            record = None
-            if line.endswith(b"\n"):
-                with suppress(ValueError, RecursionError):
-                    record = json.loads(line)
-            yield record if isinstance(record, dict) else None
+            yield _parse(line)
+
+
+def _parse(line: bytes) -> Record | None:
+    record = None
+    if line.endswith(b"\n"):
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+    return record if isinstance(record, dict) else None
+
+
+def spread_lines(path: Path, at_most: int) -> tuple[list[Record | None], int]:
+    """At most so many (two or more) lines of a JSON Lines file, as ``read_jsonl`` gives them: the
+    first, the last and others at equal distances. And how many lines there are.
+
+    Only these are held in memory: a line may be as long as a model has layers.
+    """
+    if not path.exists():
+        return [], 0
+    with path.open("rb") as file:
+        total = sum(line.endswith(b"\n") for line in file)
+    count = min(at_most, total)
+    chosen = {i * (total - 1) // max(count - 1, 1) for i in range(count)}
+    with path.open("rb") as file:
+        return [_parse(line) for i, line in enumerate(file) if i in chosen], total
 
 
 @dataclass(frozen=True)
 class Position:
-    """How much of the records belongs to a checkpoint: lines of metrics, trajectory events."""
+    """How much of the records belongs to a checkpoint: lines of metrics, trajectory events, lines
+    of layers."""
 
     metrics: int = 0
     events: int = 0
+    layers: int = 0
 
 
 def rewind(run: RunDirectory, position: Position) -> int:
@@ -253,6 +280,7 @@ def rewind(run: RunDirectory, position: Position) -> int:
     since lines are on the disk before a checkpoint counts.
     """
     missing = position.metrics - _keep_lines(run.metrics, position.metrics)
+    _keep_lines(run.layers, position.layers)
     seen = 0
     kept = []
     for record in read_jsonl(run.events):

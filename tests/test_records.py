@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.checkpoint import load_state, newest_valid
 from harness.errors import RunDirectoryError
+from harness.journal import Journal
 from harness.records import (
     TRAJECTORY_EVENTS,
     JsonlWriter,
@@ -30,6 +33,7 @@ from harness.records import (
     read_jsonl,
     read_run,
     rewind,
+    spread_lines,
     write_atomic,
     write_json,
 )
@@ -158,6 +162,8 @@ tails = st.sampled_from(
     st.lists(kinds, max_size=12),
     st.integers(0, 14),
     st.integers(0, 14),
+    st.integers(0, 14),
+    tails,
     tails,
     tails,
 )
@@ -167,27 +173,32 @@ def test_rewinding_keeps_exactly_what_the_position_says(
     events: list[str],
     metrics_kept: int,
     events_kept: int,
+    layers_kept: int,
     metrics_tail: bytes,
     events_tail: bytes,
+    layers_tail: bytes,
 ) -> None:
     run = RunDirectory(tmp_path_factory.getbasetemp())
     metrics = [encode({"update": i, "value": value}) for i, value in enumerate(lines)]
     entries = [{"kind": kind, "number": i, "lr": 0.1 * i} for i, kind in enumerate(events)]
     run.metrics.write_bytes(b"".join(metrics) + metrics_tail)
     run.events.write_bytes(b"".join(map(encode, entries)) + events_tail)
+    layers = [encode({"update": i, "layers": [{"layer": "w"}] * i}) for i in range(len(lines))]
+    run.layers.write_bytes(b"".join(layers) + layers_tail)
     wanted, seen = [], 0
     for entry in entries:
         seen += entry["kind"] in TRAJECTORY_EVENTS
         if entry["kind"] not in TRAJECTORY_EVENTS or seen <= events_kept:
             wanted.append(entry)
     for _ in range(2):  # the second time nothing is left to do
-        rewind(run, Position(metrics_kept, events_kept))
+        rewind(run, Position(metrics_kept, events_kept, layers_kept))
         assert run.metrics.read_bytes() == b"".join(metrics[:metrics_kept])
         assert run.events.read_bytes() == b"".join(map(encode, wanted))
+        assert run.layers.read_bytes() == b"".join(layers[:layers_kept])
 
 
 def test_rewinding_what_is_not_there_creates_nothing(run: RunDirectory) -> None:
-    rewind(run, Position(5, 5))
+    rewind(run, Position(5, 5, 5))
     assert list(run.path.iterdir()) == []
 
 
@@ -197,6 +208,95 @@ def test_rewinding_to_the_start_leaves_what_happened_to_the_processes(run: RunDi
     rewind(run, Position())
     assert run.metrics.read_bytes() == b""
     assert list(read_jsonl(run.events)) == [{"kind": "start"}]
+
+
+def test_a_checkpoint_from_before_there_were_layers_keeps_none(run: RunDirectory) -> None:
+    run.layers.write_bytes(encode({"update": 1}))
+    rewind(run, Position(metrics=0, events=0))
+    assert run.layers.read_bytes() == b""
+
+
+@given(st.data())
+def test_a_journal_that_is_killed_and_resumed_writes_each_line_once(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Whatever is recorded between which checkpoints, and wherever it is cut off."""
+    run = RunDirectory(tmp_path_factory.mktemp("journal"))
+    kinds = st.sampled_from(["metrics", "layers", "save"])
+    script = data.draw(st.lists(kinds, max_size=14), label="script")
+    at, position = 0, Position()
+    while True:
+        rewind(run, position)
+        journal = Journal(run, True, 2, position)
+        stop = data.draw(st.integers(at, len(script)), label="killed before")
+        if data.draw(st.booleans(), label="not killed"):
+            stop = len(script)
+        for update in range(at, stop):
+            if script[update] == "save":
+                journal.save(update, update, {})
+            else:
+                getattr(journal, script[update])({"update": update})
+        journal.close()
+        if stop == len(script):
+            break
+        found = newest_valid(run.checkpoints, lambda *_: None)
+        if found is not None:
+            at, position = found.update + 1, Position(**load_state(found.content, "x")["records"])
+    for path, kind in ((run.metrics, "metrics"), (run.layers, "layers")):
+        wanted = [{"update": i} for i, entry in enumerate(script) if entry == kind]
+        assert list(read_jsonl(path)) == wanted
+    assert run.layers.exists() == ("layers" in script)
+
+
+def test_a_second_resume_counts_the_lines_of_all_attempts(run: RunDirectory) -> None:
+    position = Position()
+    for attempt in range(3):
+        rewind(run, position)
+        journal = Journal(run, True, 5, position)
+        for kept in (True, False):  # the second time after the checkpoint
+            journal.metrics({"attempt": attempt, "kept": kept})
+            journal.layers({"attempt": attempt, "kept": kept})
+            if kept:
+                journal.save(attempt, attempt, {})
+        journal.close()
+        found = newest_valid(run.checkpoints, lambda *_: None)
+        assert found is not None
+        position = Position(**load_state(found.content, "x")["records"])
+        assert (position.metrics, position.layers) == (attempt + 1, attempt + 1)
+    rewind(run, position)
+    for path in (run.metrics, run.layers):
+        assert list(read_jsonl(path)) == [{"attempt": i, "kept": True} for i in range(3)]
+
+
+def test_only_rank_0_writes(run: RunDirectory) -> None:
+    journal = Journal(run, False, 2, Position())
+    journal.metrics({"update": 1})
+    journal.layers({"update": 1})
+    journal.save(1, 1, {})
+    journal.close()
+    assert list(run.path.iterdir()) == []
+
+
+@given(st.integers(0, 40), st.integers(2, 9), tails)
+def test_spread_lines_keep_the_ends_and_equal_distances(
+    tmp_path_factory: pytest.TempPathFactory, total: int, at_most: int, tail: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "spread.jsonl"
+    path.write_bytes(b"".join(encode({"i": i}) for i in range(total)) + tail)
+    lines, count = spread_lines(path, at_most)
+    places = [line["i"] for line in lines if line is not None]
+    assert count == total
+    assert len(places) == len(lines) == min(total, at_most)
+    if total:
+        assert (places[0], places[-1]) == (0, total - 1 if len(places) > 1 else 0)
+    distances = [b - a for a, b in itertools.pairwise(places)]
+    assert not distances or max(distances) - min(distances) <= 1
+
+
+def test_spread_lines_of_nothing_and_of_what_is_broken(run: RunDirectory) -> None:
+    assert spread_lines(run.layers, 5) == ([], 0)
+    run.layers.write_bytes(b'{"a":1}\n{\n{"b":2}\n')
+    assert spread_lines(run.layers, 5) == ([{"a": 1}, None, {"b": 2}], 3)
 
 
 def test_metrics_are_cut_in_place(run: RunDirectory) -> None:

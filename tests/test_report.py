@@ -7,6 +7,7 @@ import io
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -26,12 +27,19 @@ from hypothesis import strategies as st
 from harness.errors import RunDirectoryError, UsageError
 from harness.records import encode
 from harness.report import build_report
-from harness.report.curves import Curve, extremes, means, steps
+from harness.report.curves import Curve, extremes, log_fit, log_spaced, means, steps
 from harness.report.fields import clean, duration, general, number, quantile, scrub
 from harness.report.summary import updates_at_batch
 
 SIZE = 1437
 FIGURES = ("accuracy", "loss", "global-batch", "updates", "learning-rate", "images-per-second")
+MEASURED = ("noise-scale", "distance-from-init")  # only of runs that have measured them
+SVG_TEXT = re.compile(r"<text[^>]*>([^<]*)</text>")
+LAYERS = tuple(
+    f"{layer}.{kind}"
+    for layer in ("conv1", "conv2", "fc1", "fc2", "fc3")
+    for kind in ("weight", "bias")
+)
 HOSTILE = (
     "<script>alert(1)</script> \"quoted\" 'single' & $\\frac{x}{0}$ $ \n\r\t\x00\x1b[31m "
     "\u202egnp.exe \ud800 --> ]]> {{ 7*7 }} {% raw %} 訓練 =cmd|'/c calc'!A1"
@@ -54,10 +62,13 @@ class Simulation:
         every: int = 2,
         name: str = "adabatch-digits",
         reason: str = "geometric: ×2 every 5ep",
+        measured: bool = False,
     ) -> None:
+        """``measured``: with the noise scale, the distance from the initial weights, and layers."""
         self.random = random.Random(seed)
         self.initial, self.factor, self.epochs, self.every = initial, factor, epochs, every
-        self.name, self.reason = name, reason
+        self.name, self.reason, self.measured = name, reason, measured
+        self.layers: list[dict[str, Any]] = []
         self.update = self.samples = self.stage = 0
         self.clock = datetime(2026, 3, 2, 9, 0, tzinfo=UTC)
         self.metrics: list[dict[str, Any]] = []
@@ -118,10 +129,23 @@ class Simulation:
                 "comm_bytes": 246_824 * self.every,
                 "grad_norm": self.random.random(),
                 "noise_scale": None,
-                "distance_from_init": 3 * done,
+                "distance_from_init": None,
             }
         )
+        if self.measured:
+            self.metrics[-1]["noise_scale"] = 30 * math.exp(4 * done + self.random.gauss(0, 0.2))
+            distance = 0.4 + 1.5 * math.log(self.update) + self.random.gauss(0, 0.05)
+            self.metrics[-1]["distance_from_init"] = distance
         self.clock += timedelta(seconds=self.every * self.batch(self.stage) / rate)
+
+    def log_layers(self) -> None:
+        at = {"update": self.update, "samples_seen": self.samples, "epoch": self.samples / SIZE}
+        self.layers.append({**at, "layers": [self.layer(name) for name in LAYERS]})
+
+    def layer(self, name: str) -> dict[str, Any]:
+        weight, grad = 10 * self.random.random(), self.random.random()
+        trust = 0.001 * weight / grad if name.endswith("weight") else None
+        return {"layer": name, "weight_norm": weight, "grad_norm": grad, "trust_ratio": trust}
 
     def run(self, restart_at: int | None = 130, finish: bool = True) -> Simulation:
         self.tell("start", attempt=1, ranks=1, samples_seen=0)
@@ -140,6 +164,8 @@ class Simulation:
                 evaluated = self.samples // SIZE
                 self.evaluate()
                 self.tell("checkpoint", samples_seen=self.samples, file=f"u{self.update:08}.pt")
+                if self.measured:
+                    self.log_layers()
             if restart_at is not None and self.update >= restart_at:
                 restart_at, warm_up = None, True
                 self.interrupt()
@@ -209,6 +235,8 @@ class Simulation:
         (path / "provenance.json").write_text(json.dumps(provenance), encoding="utf-8")
         (path / "metrics.jsonl").write_bytes(b"".join(map(encode, self.metrics)))
         (path / "events.jsonl").write_bytes(b"".join(map(encode, self.events)))
+        if self.measured:
+            (path / "layers.jsonl").write_bytes(b"".join(map(encode, self.layers)))
         return path
 
 
@@ -688,18 +716,50 @@ json_values = st.recursive(
 FIELDS = (
     *("update", "samples_seen", "epoch", "stage", "ranks", "global_batch", "lr", "loss"),
     *("images_per_sec", "seconds", "kind", "time", "reason", "accuracy", "attempt", "file"),
+    *("noise_scale", "distance_from_init"),
 )
 records = st.lists(st.dictionaries(st.sampled_from(FIELDS), json_values), max_size=6)
+plausible = st.none() | st.integers(-5, 10**9) | st.floats(allow_nan=False) | st.just(5e-324)
+measured_lines = st.lists(
+    st.fixed_dictionaries(
+        dict.fromkeys(("update", "epoch", "noise_scale", "distance_from_init"), plausible)
+    ),
+    max_size=6,
+)
+layer_entries = st.fixed_dictionaries(
+    {"layer": st.text(max_size=5) | json_values},
+    optional=dict.fromkeys(("weight_norm", "grad_norm", "trust_ratio"), plausible | json_values),
+)
+layer_lines = st.lists(
+    st.fixed_dictionaries(
+        {"layers": st.lists(layer_entries | json_values, max_size=4) | json_values},
+        optional=dict.fromkeys(("update", "samples_seen", "epoch"), json_values),
+    )
+    | st.dictionaries(st.sampled_from(["layers", "update"]), json_values),
+    max_size=4,
+)
 
 
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(metrics=records, events=records, plan=json_values, config=json_values)
+@given(
+    metrics=records | measured_lines,
+    events=records,
+    plan=json_values,
+    config=json_values,
+    layers=layer_lines,
+)
 def test_no_record_whatever_ends_in_a_traceback(
-    tmp_path_factory: pytest.TempPathFactory, metrics: Any, events: Any, plan: Any, config: Any
+    tmp_path_factory: pytest.TempPathFactory,
+    metrics: Any,
+    events: Any,
+    plan: Any,
+    config: Any,
+    layers: Any,
 ) -> None:
     run = tmp_path_factory.mktemp("any")
+    (run / "layers.jsonl").write_bytes(b"".join(map(encode, layers)))
     (run / "metrics.jsonl").write_bytes(b"".join(map(encode, metrics)))
     (run / "events.jsonl").write_bytes(b"".join(map(encode, events)))
     (run / "plan.json").write_text(json.dumps({"stages": plan, "totals": plan}))
@@ -795,6 +855,227 @@ def test_many_runs_stay_small(tmp_path: Path) -> None:
     page = read_page(index)
     assert index.stat().st_size < 5e6
     assert page.text.count("Lines as in the table of runs.") == len(FIGURES)
+
+
+# ---------------------------------------------------------------- gradients and weights
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Simulation:
+    return Simulation(measured=True, epochs=12).run()
+
+
+def test_a_run_without_measurements_has_no_such_section(run_dir: Path) -> None:
+    index = build_report([run_dir])
+    page = read_page(index)
+    assert "Gradients and weights" not in page.text
+    assert not {"layers.csv", *(f"{name}.svg" for name in MEASURED)} & {
+        path.name for path in index.parent.iterdir()
+    }
+    assert "layers" not in read_summary(index)["runs"][0]
+    assert not [n for n in numbers_of(index) if n.startswith(("noise", "distance", "layer"))]
+
+
+def test_measurements_have_a_section_and_what_is_gone_leaves_no_file(
+    measured: Simulation, tmp_path: Path
+) -> None:
+    run = measured.write(tmp_path / "run")
+    index = build_report([run])
+    page = read_page(index)
+    assert len(page.svgs) == len(FIGURES) + len(MEASURED)
+    assert "Gradients and weights" in page.text
+    beside = {path.name for path in index.parent.iterdir()}
+    assert {"layers.csv", *(f"{name}.svg" for name in MEASURED)} <= beside
+    for line in measured.metrics:
+        line["noise_scale"] = line["distance_from_init"] = None
+    (run / "metrics.jsonl").write_bytes(b"".join(map(encode, measured.metrics)))
+    (run / "layers.jsonl").unlink()
+    build_report([run])
+    gone = beside - {path.name for path in index.parent.iterdir()}
+    assert gone == {"layers.csv", *(f"{name}.svg" for name in MEASURED)}
+    assert "Gradients and weights" not in read_page(index).text
+
+
+def test_the_distance_is_fitted_as_numpy_does_it(measured: Simulation, tmp_path: Path) -> None:
+    measured.metrics[3]["distance_from_init"] = None
+    measured.metrics[4]["distance_from_init"] = 0.0  # a logarithm has no place for it
+    index = build_report([measured.write(tmp_path / "run")])
+    numbers = numbers_of(index)
+    known = [
+        (math.log(m["update"]), m["distance_from_init"])
+        for m in measured.metrics
+        if m["distance_from_init"]
+    ]
+    x, y = np.array(known).T
+    slope, intercept = np.polyfit(x, y, 1)
+    r2 = 1 - ((y - intercept - slope * x) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+    assert numbers["distance_log_slope"] == pytest.approx(slope)
+    assert numbers["distance_log_intercept"] == pytest.approx(intercept)
+    assert numbers["distance_log_r2"] == pytest.approx(r2)
+    assert 0.9 < r2 < 1
+    assert numbers["distance_from_init_last"] == y[-1]
+    text = read_page(index).text
+    assert f"{general(intercept)} + {general(slope)} ln t, R² = {r2:.4f}" in text
+    svg = (index.parent / "distance-from-init.svg").read_text(encoding="utf-8")
+    assert f"R² {r2:.4f}</text>" in svg
+    assert "Updates (log₁₀ scale)</text>" in svg
+
+
+def test_a_falling_distance_and_one_that_cannot_be_fitted(tmp_path: Path) -> None:
+    run = Simulation(measured=True, epochs=3).run(restart_at=None)
+    for line in run.metrics:
+        line["distance_from_init"] = 9 - math.log(line["update"])
+    index = build_report([run.write(tmp_path / "falling")])
+    assert "9 − 1 ln t, R² = 1.0000" in read_page(index).text
+    for line in run.metrics[2:]:
+        line["distance_from_init"] = None
+    index = build_report([run.write(tmp_path / "two points")])
+    assert numbers_of(index)["distance_log_r2"] is None
+    page = read_page(index)
+    assert "R² =" not in page.text
+    assert len(page.svgs) == len(FIGURES) + len(MEASURED)
+
+
+def test_a_fitted_distance_is_not_drawn_below_zero(tmp_path: Path) -> None:
+    """Growth that begins late puts the line below zero at first."""
+    run = Simulation(measured=True, epochs=6).run(restart_at=None)
+    for line in run.metrics:
+        line["distance_from_init"] = 1e-3 * line["update"] ** 2
+    index = build_report([run.write(tmp_path / "run")])
+    intercept = numbers_of(index)["distance_log_intercept"]
+    assert intercept is not None
+    assert intercept < 0
+    text = read_page(index).text
+    assert f"−{general(-intercept)} + " in text
+    svg = (index.parent / "distance-from-init.svg").read_text(encoding="utf-8")
+    assert not [word for word in SVG_TEXT.findall(svg) if word.startswith(("-", "−"))]
+
+
+def test_the_noise_scale_stands_beside_the_batch(measured: Simulation, tmp_path: Path) -> None:
+    measured.metrics[0]["noise_scale"] = -4.0  # an estimate may be: there is no scale then
+    measured.metrics[-1]["noise_scale"] = None
+    index = build_report([measured.write(tmp_path / "run")])
+    known = [m["noise_scale"] for m in measured.metrics[1:-1]]
+    numbers = numbers_of(index)
+    assert numbers["noise_scale_first"] == known[0]
+    assert numbers["noise_scale_last"] == known[-1]
+    assert numbers["noise_scale_windows"] == len(known)
+    svg = (index.parent / "noise-scale.svg").read_text(encoding="utf-8")
+    for text in ("Epochs", "Samples (log₂ scale)", "noise scale", "global batch"):
+        assert f"{text}</text>" in svg
+
+
+def test_layers_are_recorded_exactly_and_shown_at_both_ends(
+    measured: Simulation, tmp_path: Path
+) -> None:
+    measured.layers[0]["layers"][1] |= {"grad_norm": 0.0}
+    measured.layers[0]["layers"][2] |= {"weight_norm": None}
+    index = build_report([measured.write(tmp_path / "run")])
+    rows = iter(read_csv(index.parent / "layers.csv"))
+    for line in measured.layers:
+        for layer in line["layers"]:
+            row = next(rows)
+            assert (row["run"], row["layer"]) == ("1", layer["layer"])
+            for key in ("update", "samples_seen", "epoch"):
+                assert float(row[key]) == line[key]
+            weight, grad = layer["weight_norm"], layer["grad_norm"]
+            ratio = weight / grad if weight is not None and grad else None
+            for key, value in {**layer, "ratio": ratio}.items():
+                if key != "layer":
+                    assert (float(row[key]) if row[key] else None) == value
+    assert next(rows, None) is None
+    first, last = read_summary(index)["runs"][0]["layers"]
+    assert (first["update"], last["update"]) == tuple(measured.layers[i]["update"] for i in (0, -1))
+    assert [layer["ratio"] for layer in first["layers"][1:3]] == [None, None]
+    text = read_page(index).text
+    assert f"the first and the last of {len(measured.layers)} logged updates" in text
+    for shown in (first, last):
+        ratios = {layer["layer"]: layer["ratio"] for layer in shown["layers"] if layer["ratio"]}
+        low, high = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
+        assert (
+            f"At update {shown['update']}, ‖w‖/‖∇w‖ lies between {general(ratios[low])} ({low}) "
+            f"and {general(ratios[high])} ({high}), a factor of"
+        ) in text
+    row = last["layers"][0]
+    numbers = (row["weight_norm"], row["grad_norm"], row["ratio"], row["trust_ratio"])
+    assert " ".join(map(general, numbers)) in text
+
+
+def test_without_trust_ratios_there_is_no_column_for_them(
+    measured: Simulation, tmp_path: Path
+) -> None:
+    for line in measured.layers:
+        for layer in line["layers"]:
+            layer["trust_ratio"] = None
+    text = read_page(build_report([measured.write(tmp_path / "run")])).text
+    assert "‖w‖/‖∇w‖" in text
+    assert "rust ratio" not in text
+
+
+def test_hundreds_of_layers_are_folded_and_cut(measured: Simulation, tmp_path: Path) -> None:
+    for line in measured.layers:
+        line["layers"] = [measured.layer(f"block{i}.weight") for i in range(700)]
+    index = build_report([measured.write(tmp_path / "run")])
+    page = read_page(index)
+    assert "300 of 700 layers are left out here; layers.csv has all." in page.text
+    assert "700 layers" in page.text
+    assert page.tags.count("details") == 4  # three of the provenance
+    assert len(read_csv(index.parent / "layers.csv")) == 700 * len(measured.layers)
+
+
+def test_of_many_logged_updates_a_part_is_read(measured: Simulation, tmp_path: Path) -> None:
+    line = measured.layers[0]
+    measured.layers = [line | {"update": i} for i in range(1000)]
+    index = build_report([measured.write(tmp_path / "run")])
+    updates = {int(row["update"]) for row in read_csv(index.parent / "layers.csv")}
+    assert len(updates) == 400
+    assert {0, 999} <= updates
+    assert "(about one in 3 lines of layers.jsonl)" in read_page(index).text
+    assert numbers_of(index)["layer_lines"] == 1000
+
+
+def test_broken_layer_lines_are_said_and_a_single_one_is_enough(
+    measured: Simulation, tmp_path: Path
+) -> None:
+    measured.layers = measured.layers[:1]
+    run = measured.write(tmp_path / "run")
+    with (run / "layers.jsonl").open("ab") as file:
+        file.write(b'{broken\n{"layers": 5}\n{"upd')
+    text = read_page(build_report([run])).text
+    assert "layers.jsonl: 1 of 3 lines are broken and left out" in text
+    assert text.count(f"Update {measured.layers[0]['update']} ‖w‖") == 1
+
+
+def test_runs_with_and_without_measurements_share_a_page(tmp_path: Path) -> None:
+    dirs = [
+        Simulation(i, epochs=4, measured=i != 1, name=f"r{i}").run().write(tmp_path / str(i))
+        for i in range(3)
+    ]
+    index = build_report(dirs, tmp_path / "out")
+    page = read_page(index)
+    assert len(page.svgs) == len(FIGURES) + len(MEASURED)
+    assert {row["run"] for row in read_csv(index.parent / "layers.csv")} == {"1", "3"}
+    fits = [numbers_of(index, run).get("distance_log_r2") for run in range(3)]
+    assert fits[1] is None
+    assert "run 1: " in page.text
+    assert "run 2: " not in page.text.partition("Gradients and weights")[2]
+    svg = (index.parent / "distance-from-init.svg").read_text(encoding="utf-8")
+    assert "1 r0</text>" in svg
+    assert "2 r1</text>" not in svg
+
+
+def test_a_hostile_layer_name_neither_breaks_nor_injects(
+    measured: Simulation, tmp_path: Path
+) -> None:
+    for line in measured.layers:
+        line["layers"][0]["layer"] = HOSTILE
+        line["layers"][1]["layer"] = "=cmd|'/c calc'!A1"
+    run = measured.write(tmp_path / "run")
+    index = build_report([run])
+    assert "<script>alert(1)</script>" in read_page(index).text
+    assert "<script" not in index.read_text(encoding="utf-8").replace("&lt;script", "")
+    names = {row["layer"] for row in read_csv(index.parent / "layers.csv")}
+    assert "'=cmd|'/c calc'!A1" in names
 
 
 # ---------------------------------------------------------------- large runs
@@ -898,3 +1179,57 @@ def test_what_is_no_number_is_none() -> None:
 )  # fmt: skip
 def test_durations_read_naturally(seconds: float | None, text: str) -> None:
     assert duration(seconds).replace("\N{NO-BREAK SPACE}", " ") == text
+
+
+ascending = st.lists(st.integers(1, 10**7), min_size=1, max_size=300).map(sorted)
+
+
+@given(ascending, st.integers(2, 50))
+def test_log_spaced_points_keep_the_ends_and_their_order(x: list[int], limit: int) -> None:
+    full = Curve(list(map(float, x)), [float(i) for i in range(len(x))], source_points=len(x))
+    found = log_spaced(full, limit)
+    assert len(found.x) <= max(limit, 1)
+    places = [int(y) for y in found.y]
+    assert places == sorted(set(places))
+    assert [full.x[i] for i in places] == found.x
+    assert (found.x[0], found.x[-1]) == (full.x[0], full.x[-1])
+
+
+def test_log_spaced_points_are_as_dense_early_as_late() -> None:
+    full = Curve([float(i) for i in range(1, 100_001)], [0.0] * 100_000, source_points=100_000)
+    found = log_spaced(full, 500)
+    assert len(found.x) > 350
+    gaps = [math.log(b / a) for a, b in pairwise(found.x) if a > 100]
+    assert max(gaps) < 3 * min(g for g in gaps[:-1])
+
+
+@given(
+    st.floats(-1e3, 1e3),
+    st.floats(-1e3, 1e3).filter(lambda b: abs(b) > 1e-3),
+    st.lists(st.integers(1, 10**6), min_size=3, unique=True),
+)
+def test_a_fit_finds_the_line_that_the_points_lie_on(a: float, b: float, x: list[int]) -> None:
+    fit = log_fit(Curve(list(map(float, x)), [a + b * math.log(t) for t in x]))
+    assert fit is not None
+    assert fit.slope == pytest.approx(b, rel=1e-5, abs=1e-5)
+    assert fit.intercept == pytest.approx(a, rel=1e-4, abs=1e-3)
+    assert fit.r2 == pytest.approx(1.0, abs=1e-6)
+
+
+@given(st.lists(st.tuples(st.integers(1, 10**6), st.floats(-1e3, 1e3)), min_size=3))
+def test_the_share_that_a_fit_explains_lies_between_none_and_all(
+    points: list[tuple[int, float]],
+) -> None:
+    fit = log_fit(Curve([float(x) for x, _ in points], [y for _, y in points]))
+    if fit is None:
+        assert len({x for x, _ in points}) < 3 or np.var([y for _, y in points]) < 1e-300
+    else:
+        assert 0 <= fit.r2 <= 1
+
+
+@pytest.mark.parametrize(
+    ("x", "y"), [([], []), ([1.0, 2.0], [1.0, 2.0]), ([1.0, 1.0, 2.0], [1.0, 2.0, 3.0]),
+                 ([1.0, 2.0, 3.0], [5.0, 5.0, 5.0])]
+)  # fmt: skip
+def test_there_is_no_fit_where_the_points_do_not_tell_one(x: list[float], y: list[float]) -> None:
+    assert log_fit(Curve(x, y)) is None

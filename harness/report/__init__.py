@@ -1,6 +1,7 @@
 """Run directories in, one self-contained page out: ``build_report``.
 
 fields.py    lenient access to records that may be null, absent or of the wrong type; number formats
+layers.py    per-layer norms and trust ratios
 runs.py      one run as the report sees it: columns, evaluations, attempts, what is missing
 summary.py   the numbers of the page, each with its unit and its source; the answer in sentences
 curves.py    thinning of long curves

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import RunDirectoryError, UsageError
 from harness.records import RunDirectory, write_atomic
 from harness.report import fields, tables
+from harness.report.layers import has_trust, layer_rows, spread_of_ratios
 from harness.report.runs import Run, load_run
 from harness.report.summary import Summary, answer, compare, describe, summarise
 
@@ -48,6 +49,7 @@ class RunView:
     event_rows: Shown
     paper: str | None
     paper_rows: list[tables.PaperRow]
+    layer_rows: Shown
     config: Shown
     provenance: Shown
 
@@ -89,6 +91,7 @@ def _view(run: Run, runs: int) -> RunView:
         event_rows=_shorten(tables.event_rows(run), room),
         paper=tables.paper_source(run),
         paper_rows=tables.paper_rows(run, numbers)[:room],
+        layer_rows=_shorten(layer_rows(run.layers), room),
         config=_flat(run.records.config, room),
         provenance=_flat(run.records.provenance, room),
     )
@@ -119,6 +122,7 @@ def _contents(views: list[RunView]) -> dict[str, bytes | None]:
     files["metrics.csv"] = tables.metrics_csv(runs)
     files["evaluations.csv"] = tables.evaluations_csv(runs)
     files["stages.csv"] = tables.stages_csv((view.run, view.stages) for view in views)
+    files["layers.csv"] = tables.layers_csv(runs)
     files["summary.json"] = _summary_json(views)
     files["index.html"] = _page(views, figures)
     return files
@@ -134,11 +138,17 @@ def _summary_json(views: list[RunView]) -> bytes:
             "problems": [fields.clean(problem) for problem in view.run.problems],
             "numbers": [asdict(number) for number in view.numbers.values()],
             "stages": [asdict(stage) for stage in view.stages],
+            **_layers_json(view.run),
         }
         for view in views
     ]
     summary = {"format": 1, "stages_source": STAGE_SOURCE, "runs": runs}
     return (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _layers_json(run: Run) -> dict[str, Any]:
+    """The first and the last line of layers.jsonl, of a run that has them."""
+    return {"layers": [asdict(snapshot) for snapshot in run.layers.ends]} if run.layers.ends else {}
 
 
 def _page(views: list[RunView], figures: list[Figure]) -> bytes:
@@ -174,5 +184,8 @@ def _page(views: list[RunView], figures: list[Figure]) -> bytes:
         swatch=swatch,
         tasks=len({describe(run) for run in runs}),
         metrics_step=max(map(tables.metrics_step, runs)),
+        layers_step=max(tables.layers_step(run.layers) for run in runs),
+        has_trust=has_trust,
+        spread_of_ratios=spread_of_ratios,
     )
     return text.encode()

@@ -2,11 +2,14 @@
 
 Two ways, by what a curve is for. ``extremes`` keeps the lowest and the highest point of each bin,
 so that no jump or spike of a schedule is lost. ``means`` draws a noisy measurement as the mean of
-each bin with a band from its lowest to its highest value.
+each bin with a band from its lowest to its highest value. On a logarithmic axis of updates most
+points lie at the end; there ``log_spaced`` takes them at equal distances.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
@@ -76,6 +79,43 @@ def means(full: Curve, limit: int) -> Curve:
         high=[max(part) for part in parts],
         source_points=full.source_points,
     )
+
+
+def log_spaced(full: Curve, limit: int) -> Curve:
+    """At most ``limit`` points, x positive and ascending: the first of each stretch of log x, and
+    the last. Counts as not thinned."""
+    if len(full.x) <= limit:
+        return full
+    low, high = math.log(full.x[0]), math.log(full.x[-1])
+    keep = {
+        int((math.log(x) - low) / (high - low or 1.0) * (limit - 1)): i
+        for i, x in reversed(list(enumerate(full.x)))
+    }
+    order = sorted(keep.values())
+    return Curve([full.x[i] for i in order], [full.y[i] for i in order], source_points=len(order))
+
+
+@dataclass(frozen=True)
+class LogFit:
+    """y = intercept + slope · ln x by least squares, and its R²."""
+
+    intercept: float
+    slope: float
+    r2: float
+
+
+def log_fit(shape: Curve) -> LogFit | None:
+    """The line through a curve's points, x positive, all of equal weight; None where the points do
+    not tell one: fewer than three different x, or equal y."""
+    if len(set(shape.x)) < 3:
+        return None
+    logs = [math.log(x) for x in shape.x]
+    try:
+        slope, intercept = statistics.linear_regression(logs, shape.y)
+        r = statistics.correlation(logs, shape.y)
+    except statistics.StatisticsError:
+        return None
+    return LogFit(intercept, slope, min(r * r, 1.0))
 
 
 def _bins(begin: int, end: int, parts: int) -> list[tuple[int, int]]:

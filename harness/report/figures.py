@@ -13,7 +13,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -22,12 +22,20 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
-from harness.report.curves import Curve, curve, extremes, means, spread, steps
-from harness.report.fields import Series, clean, count, general, number, percent
+from harness.records import Record
+from harness.report.curves import Curve, curve, extremes, log_spaced, means, spread, steps
+from harness.report.fields import Series, clean, count, general, number, percent, pick
 from harness.report.runs import Run
-from harness.report.summary import Summary
+from harness.report.summary import Summary, distances, noise_scales
 
 Dash = Any  # matplotlib's types of a line style differ between its releases
 
@@ -87,6 +95,30 @@ class Figure:
     caption: str
     inline: str | None = None
     file: bytes | None = None
+    section: str = "curves"
+
+
+@dataclass(frozen=True)
+class Abscissa:
+    """What a figure's points lie over."""
+
+    label: str
+    of: Callable[[Record, Run], float | None]
+    """The place of an event."""
+    log: bool = False
+
+
+def _epoch(event: Record, run: Run) -> float | None:
+    epoch, samples = number(event.get("epoch")), number(event.get("samples_seen"))
+    size = number(pick(run.records.plan, "totals", "dataset_size"))
+    return samples / size if epoch is None and samples is not None and size else epoch
+
+
+SAMPLES = Abscissa("Samples seen", lambda event, run: number(event.get("samples_seen")))
+EPOCHS = Abscissa("Epochs", _epoch)
+LOG_UPDATES = Abscissa(
+    "Updates (log₁₀ scale)", lambda event, run: number(event.get("update")), log=True
+)
 
 
 @dataclass(frozen=True)
@@ -114,11 +146,13 @@ class Drawing:
     lines: list[Line]
     arrange: Callable[[Axes, list[Line]], None]
     show: Callable[[float | None], str] = general
+    over: Abscissa = SAMPLES
+    section: str = "curves"  # of the page; in others a figure without data is left out
 
 
 def draw_all(runs: list[Run], summaries: list[Summary]) -> list[Figure]:
     """Every figure of the report, in reading order."""
-    plans = (_accuracy, _loss, _batch, _updates, _rate, _throughput)
+    plans = (_accuracy, _loss, _batch, _updates, _rate, _throughput, _noise, _distance)
     drawings = [plan(runs, summaries) for plan in plans]
     with mpl.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # glyphs that the layout font lacks: the browser's has them
@@ -248,17 +282,85 @@ def _throughput(runs: list[Run], summaries: list[Summary]) -> Drawing:
     )  # fmt: skip
 
 
+def _noise(runs: list[Run], summaries: list[Summary]) -> Drawing:
+    lines, alone = [], len(runs) == 1
+    for run in runs:
+        scales = means(noise_scales(run), _limit(runs))
+        if not scales.x:
+            continue
+        colour, dash = look(run)
+        lines.append(Line(scales, colour, dash, "noise scale" if alone else run.label))
+        shape = extremes(steps(run.columns["epoch"], run.columns["global_batch"]), _limit(runs))
+        batch = Line(shape, colour, dash, None, staircase=True, width=0.8)
+        if alone:
+            batch = Line(shape, _series(1), DASHES[1], "global batch", staircase=True)
+        lines.append(_positive(batch))
+    return Drawing(
+        "noise-scale", "Gradient noise scale", "Samples (log₂ scale)",
+        "The gradient noise scale tr(Σ)/‖G‖², smoothed, beside the global batch"
+        f"{'' if alone else ' (thin)'}. While the batch is well below the scale, a larger one "
+        "saves updates almost in proportion; well above it, hardly any (McCandlish et al. 2018).",
+        "No noise scale has been measured.", lines, _log2_axis,
+        over=EPOCHS, section="statistics",
+    )  # fmt: skip
+
+
+def _distance(runs: list[Run], summaries: list[Summary]) -> Drawing:
+    lines, fits, alone = [], [], len(runs) == 1
+    caption = "L2 distance of the weights from the initial ones at the end of each logging window."
+    for run, summary in zip(runs, summaries, strict=True):
+        full = distances(run)
+        if not full.x:
+            continue
+        shape = log_spaced(full, _limit(runs))
+        if len(shape.x) < len(full.x):
+            caption = f"{caption.partition(' Points')[0]} Points are drawn evenly over log t."
+        colour, dash = look(run)
+        marker = "o" if len(shape.x) <= 40 else None
+        lines.append(Line(shape, colour, dash, "measured" if alone else run.label, marker=marker))
+        a, b, r2 = (summary.of(f"distance_log_{name}") for name in ("intercept", "slope", "r2"))
+        if a is None or b is None or r2 is None:
+            continue
+        label = f"a + b ln t, R² {r2:.4f}" if alone else None
+        fit = _fitted(a, b, full.x[0], full.x[-1])
+        lines.append(Line(fit, _series(1) if alone else colour, DASHES[1], label, width=1.1))
+        name = "" if alone else f"run {run.number}: "
+        formula = f"{'−' * (a < 0)}{general(abs(a))} {'−' if b < 0 else '+'} {general(abs(b))} ln t"
+        fits.append(f"{name}{formula}, R² = {r2:.4f}")
+    if fits:
+        more = f"; and {len(fits) - LEGEND_RUNS} more" if len(fits) > LEGEND_RUNS else ""
+        caption += (
+            f" {'Dashed' if alone else 'Thin'}: least squares over all windows, "
+            f"{'; '.join(fits[:LEGEND_RUNS])}{more}. "
+            "A straight line here is ultra-slow diffusion (Hoffer et al. 2017)."
+        )
+    return Drawing(
+        "distance-from-init", "Distance from the initial weights", "‖w − w₀‖", caption,
+        "No distance has been measured.", lines, _zero_axis,
+        over=LOG_UPDATES, section="statistics",
+    )  # fmt: skip
+
+
+def _fitted(a: float, b: float, low: float, high: float) -> Curve:
+    """a + b · ln t from ``low`` to ``high``, as far as it is a distance: not below zero."""
+    ends = [a + b * math.log(t) for t in (low, high)]
+    if min(ends) >= 0 or max(ends) <= 0:
+        return Curve([low, high], ends)
+    root = math.exp(-a / b)
+    return Curve([root, high], [0.0, ends[1]]) if b > 0 else Curve([low, root], [ends[0], 0.0])
+
+
 def _positive(line: Line) -> Line:
     """A line for a logarithmic axis: points at or below zero are damage and left out."""
     kept = [(x, y) for x, y in zip(line.curve.x, line.curve.y, strict=True) if y > 0]
     shape = Curve([x for x, _ in kept], [y for _, y in kept], source_points=len(kept))
-    return Line(shape, line.colour, line.dash, line.label, line.staircase)
+    return replace(line, curve=shape)
 
 
 def _render(drawing: Drawing, runs: list[Run]) -> Figure:
     lines = [line for line in drawing.lines if line.curve.x]
     if not lines:
-        return Figure(drawing.key, drawing.title, drawing.absent)
+        return Figure(drawing.key, drawing.title, drawing.absent, section=drawing.section)
     labelled = [line for line in lines if line.label] if len(lines) > 1 else []
     rows = math.ceil(len(runs) / 2) if 1 < len(runs) <= LEGEND_RUNS else 0
     canvas = Canvas(figsize=(460 / 72, (262 + 17 * rows) / 72), layout="constrained")
@@ -267,9 +369,9 @@ def _render(drawing: Drawing, runs: list[Run]) -> Figure:
     for line in lines:
         _plot(axes, line)
     axes.set_title(drawing.axis, loc="left")
-    _samples_axis(axes)
+    _axes(axes, drawing.over)
     drawing.arrange(axes, lines)
-    notes = _mark_stages(axes, runs[0]) if len(runs) == 1 else ""
+    notes = _mark_stages(axes, runs[0], drawing.over) if len(runs) == 1 else ""
     if labelled and len(runs) <= LEGEND_RUNS:
         _legend(canvas, axes, labelled, above=len(runs) > 1)
     elif labelled:
@@ -277,9 +379,8 @@ def _render(drawing: Drawing, runs: list[Run]) -> Figure:
     out = io.BytesIO()
     canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     inline, file = _finish(out.getvalue(), drawing, _describe(drawing, lines))
-    return Figure(
-        drawing.key, drawing.title, drawing.caption + _thinning(lines) + notes, inline, file
-    )
+    caption = drawing.caption + _thinning(lines) + notes
+    return Figure(drawing.key, drawing.title, caption, inline, file, drawing.section)
 
 
 def _plot(axes: Axes, line: Line) -> None:
@@ -314,12 +415,12 @@ def _legend(canvas: Canvas, axes: Axes, lines: list[Line], above: bool) -> None:
         )  # fmt: skip
 
 
-def _mark_stages(axes: Axes, run: Run) -> str:
+def _mark_stages(axes: Axes, run: Run, over: Abscissa) -> str:
     """Thin lines where stages begin and triangles where attempts begin; returns what they mean."""
-    begun = [number(e.get("samples_seen")) for e in run.events("stage")]
-    inner = sorted({s for s in begun if s})
-    again = [number(e.get("samples_seen")) for e in run.events("resume")]
-    resumed = sorted({s for s in again if s is not None})
+    begun = [over.of(e, run) for e in run.events("stage")]
+    inner = sorted({s for s in begun if s and (s > 0 or not over.log)})
+    again = [over.of(e, run) for e in run.events("resume")]
+    resumed = sorted({s for s in again if s is not None and (s > 0 or not over.log)})
     text = ""
     if inner and len(inner) <= 24:
         for place in inner:
@@ -350,10 +451,16 @@ def _thinning(lines: list[Line]) -> str:
     )
 
 
-def _samples_axis(axes: Axes) -> None:
-    axes.set_xlabel("Samples seen")
+def _axes(axes: Axes, over: Abscissa) -> None:
+    axes.set_xlabel(over.label)
     axes.margins(x=0.02)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    if over.log:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        low, high = axes.get_xlim()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1, 2, 5)))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.xaxis.grid(False)
     axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -414,7 +521,8 @@ def _describe(drawing: Drawing, lines: list[Line]) -> str:
         extent = f"lowest {drawing.show(min(values))}, highest {drawing.show(max(values))}"
         parts.append(f"{name}{ends}; {extent}.")
     more = f" And {len(lines) - LEGEND_RUNS} more." if len(lines) > LEGEND_RUNS else ""
-    return f"{drawing.title} over samples seen. " + " ".join(parts) + more
+    over = drawing.over.label.partition(" (")[0].lower()
+    return f"{drawing.title} over {over}. " + " ".join(parts) + more
 
 
 def _finish(svg: bytes, drawing: Drawing, description: str) -> tuple[str, bytes]:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import RunDirectoryError
-from harness.records import Record, RunRecords, read_run
+from harness.records import Record, RunDirectory, RunRecords, read_run
 from harness.report.fields import Series, clean, number, pick, plural, words
+from harness.report.layers import LayerLog, read_layers
 
 # The columns that the page is made of. The first group belongs in every line; the others may be
 # null for good reason (not measured), which is no problem to report.
 EXPECTED = ("update", "samples_seen", "global_batch", "lr", "loss", "images_per_sec")
-COLUMNS = (*EXPECTED, "epoch", "stage", "ranks")
+COLUMNS = (*EXPECTED, "epoch", "stage", "ranks", "noise_scale", "distance_from_init")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Run:
     name: str
     records: RunRecords
     columns: dict[str, Series]
+    layers: LayerLog
     evaluations: list[Evaluation]
     attempts: Attempts | None
     warm_up: frozenset[int]
@@ -71,6 +73,7 @@ def load_run(path: Path, position: int) -> Run:
     try:
         with _collector_paused():
             records = read_run(path)
+            layers = read_layers(RunDirectory(path).layers)
             columns = {
                 name: [number(record.get(name)) for record in records.metrics] for name in COLUMNS
             }
@@ -84,12 +87,14 @@ def load_run(path: Path, position: int) -> Run:
         name=clean(words(pick(records.config, "name")) or path.resolve().name, 80),
         records=records,
         columns=columns,
+        layers=layers,
         evaluations=evaluations,
         attempts=_attempts(records.events),
         warm_up=_first_windows(columns["update"], records.events),
         status=status,
         problems=[
             *records.problems,
+            *layers.problems,
             *_gaps(records.metrics, columns),
             *_event_gaps(records, evaluations),
             *_progress(records, status),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.records import Record
+from harness.report.curves import Curve, curve, log_fit
 from harness.report.fields import (
     Series,
     clean,
@@ -48,7 +49,10 @@ class Summary(dict[str, Number]):
 
 def summarise(run: Run) -> Summary:
     """Every number that the page states about a run."""
-    parts = (_progress(run), _accuracy(run), _throughput(run), _ranks_and_time(run), _events(run))
+    parts = (
+        *(_progress(run), _accuracy(run), _throughput(run), _ranks_and_time(run), _events(run)),
+        *(_noise(run), _distance(run), _layers(run)),
+    )
     return Summary((n.name, n) for part in parts for n in part)
 
 
@@ -206,6 +210,60 @@ def _events(run: Run) -> Iterator[Number]:
     ):
         lines = len(run.events(kind)) if run.records.events else None
         yield Number(name, lines, unit, f"events.jsonl: lines of kind {kind}")
+
+
+def positive(x: Series, y: Series) -> Curve:
+    """The points that a logarithmic axis can hold, x ascending: both coordinates above zero."""
+    full = curve(x, y)
+    kept = sorted((a, b) for a, b in zip(full.x, full.y, strict=True) if a > 0 and b > 0)
+    return Curve([a for a, _ in kept], [b for _, b in kept], source_points=len(kept))
+
+
+def noise_scales(run: Run) -> Curve:
+    """The gradient noise scale over epochs, where it was measured."""
+    return positive(run.columns["epoch"], run.columns["noise_scale"])
+
+
+def distances(run: Run) -> Curve:
+    """‖w − w0‖ over updates, where it was measured."""
+    return positive(run.columns["update"], run.columns["distance_from_init"])
+
+
+def _noise(run: Run) -> Iterator[Number]:
+    """The gradient noise scale; nothing for a run that has not measured it."""
+    scales = noise_scales(run).y
+    if scales:
+        metrics = "metrics.jsonl: {} noise_scale above 0"
+        yield Number("noise_scale_first", scales[0], "samples", metrics.format("first"))
+        yield Number("noise_scale_last", scales[-1], "samples", metrics.format("last"))
+        source = "metrics.jsonl: lines with a noise_scale above 0"
+        yield Number("noise_scale_windows", len(scales), "windows", source)
+
+
+def _distance(run: Run) -> Iterator[Number]:
+    """‖w − w0‖ and its growth with log t; nothing for a run that has not measured it.
+
+    Hoffer, Hubara and Soudry 2017, section 3, find a + b · ln t ("ultra-slow diffusion").
+    """
+    shape = distances(run)
+    if not shape.y:
+        return
+    source = "metrics.jsonl: last distance_from_init"
+    yield Number("distance_from_init_last", shape.y[-1], "L2 norm", source)
+    fit = log_fit(shape)
+    rule = "metrics.jsonl: least squares of distance_from_init over ln(update), every line alike: "
+    for name, unit, what in (
+        ("intercept", "L2 norm", "a of a + b · ln(update)"),
+        ("slope", "L2 norm per e-fold of updates", "b of a + b · ln(update)"),
+        ("r2", "fraction", "R²"),
+    ):
+        value = getattr(fit, name) if fit else None
+        yield Number(f"distance_log_{name}", value, unit, rule + what)
+
+
+def _layers(run: Run) -> Iterator[Number]:
+    if run.layers.lines:
+        yield Number("layer_lines", run.layers.lines, "updates", "layers.jsonl: lines")
 
 
 def answer(run: Run, numbers: Summary) -> list[str]:

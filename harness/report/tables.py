@@ -29,6 +29,7 @@ from harness.report.fields import (
     quantile,
     words,
 )
+from harness.report.layers import Layer, LayerLog, Snapshot
 from harness.report.runs import Evaluation, Run
 
 # metrics.csv holds at most this many lines; of a longer run every k-th, and the page says so.
@@ -398,6 +399,24 @@ def evaluations_csv(runs: Iterable[Run]) -> bytes:
 def stages_csv(stages: Iterable[tuple[Run, list[Stage]]]) -> bytes:
     header = ("run", *(field.name for field in fields(Stage)))
     return to_csv(header, ((run.number, *astuple(row)) for run, rows in stages for row in rows))
+
+
+def layers_step(log: LayerLog) -> int:
+    """Of how many lines of layers.jsonl layers.csv holds about one."""
+    return -(-log.lines // len(log.snapshots)) if log.snapshots else 1
+
+
+def layers_csv(runs: Iterable[Run]) -> bytes | None:
+    """A line per layer and logged update; None if no run has any."""
+    rows = [
+        (run.number, snapshot.update, snapshot.samples_seen, snapshot.epoch, *astuple(layer))
+        for run in runs
+        for snapshot in run.layers.snapshots
+        for layer in snapshot.layers
+    ]
+    where = (field.name for field in fields(Snapshot) if field.name != "layers")
+    what = (field.name for field in fields(Layer))
+    return to_csv(("run", *where, *what), rows) if rows else None
 
 
 def to_csv(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:
