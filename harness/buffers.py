@@ -1,13 +1,14 @@
-"""Buffers of a model (batch norm's running statistics), which drift apart between ranks.
+"""What differs between ranks: a model's buffers, and what error feedback owes.
 
-Each rank sees its own micro-batches. Evaluation and saved models use the mean over ranks; training
+Buffers (batch norm's running statistics) drift apart, as each rank sees its own micro-batches.
+Evaluation and saved models use the mean over ranks; training
 goes on with each rank's own, so that it does not matter when one evaluates or saves, and a resumed
 run on as many ranks goes on with each rank's own too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -59,3 +60,28 @@ def _fill(model: nn.Module, row: Tensor, integers: bool) -> None:
     for buffer, piece in zip(buffers, pieces, strict=True):
         if buffer.is_floating_point() != integers:
             buffer.copy_(piece.view_as(buffer))
+
+
+def gather_residuals(residuals: Sequence[Tensor], comm: Communicator) -> Tensor | None:
+    """All ranks' residuals of error feedback, float32 (ranks, elements), on every rank; None if
+    there are none. A collective call."""
+    if not residuals:
+        return None
+    mine = torch.cat([residual.detach().cpu() for residual in residuals])
+    table = torch.zeros(comm.size, len(mine))
+    table[comm.rank] = mine
+    return allreduce(comm, table, "residuals")
+
+
+def restore_residuals(
+    residuals: Sequence[Tensor], table: Tensor | None, comm: Communicator
+) -> None:
+    """This rank's row of a saved table. On another number of ranks each takes an equal share of
+    the sum, so that nothing that is owed is lost."""
+    if table is None or not residuals:
+        return
+    row = table[comm.rank] if len(table) == comm.size else table.sum(dim=0) / comm.size
+    for residual, piece in zip(
+        residuals, torch.split(row, [len(residual) for residual in residuals]), strict=True
+    ):
+        residual.copy_(piece)

@@ -1,18 +1,12 @@
 """Summing gradients over ranks while the backward pass still runs.
 
-Gradients live in flat float32 buckets, in the order in which backward produces them; every
-parameter's ``.grad`` is a view into one. During the update's last micro-batch a bucket is handed to
-the communicator as soon as its last gradient is in; earlier micro-batches send nothing. Loss and
-stop flag travel in one small tensor beside the buckets.
+Gradients are gathered in flat float32 buckets, in the order in which backward produces them. During
+the update's last micro-batch a bucket is handed to the communicator as soon as its last gradient is
+in; earlier micro-batches send nothing. What comes back is in ``.grad`` as views into the buckets.
+Loss, stop flag and norms travel in one small tensor beside them.
 
-``summation="exact"`` makes the result independent of how an update is cut into ranks and
-micro-batches, to the last bit: each micro-batch's gradient is rounded to a fixed-point integer, and
-integers add up to the same sum in any order. Float sums do not, and training amplifies the last bit
-of a difference until, some hundred updates later, two runs have nothing in common.
-
-With fp16, a bucket is multiplied by a power of two before the cast. Its exponent comes from the
-largest magnitude of the last *reduced* bucket, which is the same on all ranks, so ranks agree on it
-without another message.
+Between ``start`` and ``finish`` ``.grad`` is None, so that autograd hands over each gradient as it
+made it: to zero the buckets and let it add into them would cost two more passes over memory.
 """
 
 from __future__ import annotations
@@ -23,40 +17,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from harness.buckets import Bucket, fill_buckets, norm2
 from harness.comm.base import Communicator, Handle
-
-# The largest magnitude of a bucket is brought to 2^8: a factor of 255 below fp16's largest number,
-# for sums of ranks that cancel and for gradients that grow from one update to the next, and 2^22
-# above its smallest normal number.
-_TARGET_EXPONENT = 8
-_BACK_OFF = 8
-_EXPONENT_RANGE = 100
-
-# Exact summation: one unit is 2^-50. A gradient of 1e-8 keeps seven digits, and an element's sum
-# may reach 2^12 before a 64-bit integer could overflow.
-_UNIT_EXPONENT = 50
-_EXACT_LIMIT = 2.0**12
-
-
-@dataclass
-class _Bucket:
-    index: int
-    flat: torch.Tensor
-    views: list[tuple[nn.Parameter, torch.Tensor]]
-    waiting: int = 0
-    handle: Handle = None
-    sent: bool = False
-    exponent: int | None = None
-    """fp16 only: the bucket travels as bucket × 2^exponent; None: not known yet, send float32."""
-    wire: torch.Tensor | None = None
-    compressed: bool = False
-    total: torch.Tensor | None = None
-    """Exact summation only: int64, in units of 2^-50."""
-    before: torch.Tensor | None = None
-    """What ``flat`` held before this micro-batch, where the norms of micro-batches are wanted and
-    ``flat`` holds their sum."""
+from harness.compression import EXACT_LIMIT, Codec, Compression, Half, build_codec
 
 
 @dataclass(frozen=True)
@@ -80,9 +45,14 @@ class GradientReducer:
     """Sums a model's gradients over ranks, overlapped with backward. One per model.
 
     Use per update: ``start(n)``, then ``backward(loss)`` for each of this rank's n micro-batches
-    (n may be 0 and differ between ranks), then ``finish(extras)``; the gradients are then in
-    ``.grad``. The loss of a micro-batch must be its samples' summed loss divided by the number of
-    samples of the *whole* update, so that the sum over micro-batches and ranks is the mean.
+    (n may be 0, and differ between ranks and updates), then ``finish(extras)``; the gradients are
+    then in ``.grad``. The loss of a micro-batch must be its samples' summed loss divided by the
+    number of samples of the *whole* update, so that the sum over micro-batches and ranks is the
+    mean.
+
+    A parameter that has no gradient on some ranks gets the sum of the others'; one that has none on
+    any rank gets None, as without this class. Sparse gradients are made dense. Parameters that do
+    not require a gradient when the reducer is made are left alone; one frozen later gets None.
 
     Raises ValueError for parameters that are not float32, or compression with exact summation.
     """
@@ -91,105 +61,117 @@ class GradientReducer:
         self,
         model: nn.Module,
         comm: Communicator,
-        compression: Literal["none", "fp16"] = "none",
+        compression: Compression = "none",
         bucket_bytes: int = 4 << 20,
         summation: Literal["float", "exact"] = "float",
-        micro_norms: bool = False,
     ) -> None:
-        """``micro_norms``: measure ``Reduced.micro_norm2``, from which the gradient noise scale
-        follows; costs two passes over the gradient for each micro-batch."""
-        if compression != "none" and summation == "exact":
-            raise ValueError("exact summation cannot be compressed")
         self._comm = comm
-        self._bound = 0.0
-        self._micro_norm2 = torch.zeros((), dtype=torch.float64) if micro_norms else None
-        self._fp16 = compression == "fp16"
-        self._buckets = _fill_buckets(model, bucket_bytes)
-        self._of: dict[nn.Parameter, _Bucket] = {}
+        buckets = fill_buckets(model, bucket_bytes)
+        self._lanes = [
+            _Lane(bucket, build_codec(bucket, compression, summation)) for bucket in buckets
+        ]
+        self._presence = _Presence(sum(len(bucket.parameters) for bucket in buckets), comm.size)
+        self._of: dict[nn.Parameter, tuple[_Lane, int]] = {}
+        self._next = 0
+        """Index of the next bucket to send."""
         self._remaining = 0
+        self._held = False
+        """Whether the codecs hold gradients of this update's earlier micro-batches."""
         self._armed = False
+        self._micro_norms2: list[Tensor] | None = None
         self._hooks = []
-        for bucket in self._buckets:
-            if self._fp16:
-                bucket.wire = torch.empty_like(bucket.flat, dtype=torch.float16)
-            if summation == "exact":
-                bucket.total = torch.empty_like(bucket.flat, dtype=torch.int64)
-            elif micro_norms:
-                bucket.before = torch.empty_like(bucket.flat)
-            for parameter, view in bucket.views:
-                parameter.grad = view
-                self._of[parameter] = bucket
+        for lane in self._lanes:
+            for place, parameter in enumerate(lane.bucket.parameters):
+                self._of[parameter] = lane, place
                 self._hooks.append(
                     parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                         self._gradient_ready
                     )
                 )
 
-    def start(self, micro_batches: int) -> None:
-        """Begin an update to which this rank contributes ``micro_batches`` backward passes."""
-        self._remaining = micro_batches
-        self._armed = False
-        self._bound = 0.0
-        if self._micro_norm2 is not None:
-            self._micro_norm2.zero_()
-        for bucket in self._buckets:
-            bucket.flat.zero_()
-            if bucket.before is not None:
-                bucket.before.zero_()
-            if bucket.total is not None:
-                bucket.total.zero_()
-            bucket.waiting = len(bucket.views)
-            bucket.sent = False
+    def start(self, micro_batches: int, micro_norms: bool = False) -> None:
+        """Begin an update to which this rank contributes ``micro_batches`` backward passes.
 
-    def backward(self, loss: torch.Tensor) -> None:
+        ``micro_norms``: measure ``Reduced.micro_norm2``, from which the gradient noise scale
+        follows; costs a pass over the gradient for each micro-batch. The same on all ranks.
+        """
+        self._remaining = micro_batches
+        self._next = 0
+        self._held = False
+        self._micro_norms2 = [] if micro_norms else None
+        for lane in self._lanes:
+            lane.start()
+
+    def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch; the update's last one starts the communication."""
         if self._remaining <= 0:
             raise RuntimeError("more backward passes than start() was told of")
         self._remaining -= 1
         self._armed = self._remaining == 0
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._armed = False
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        finally:
+            self._armed = False
         if self._remaining:
-            for bucket in self._buckets:
-                self._fold(bucket)
+            for lane in self._lanes:
+                gradients, places = self._take(lane)
+                lane.codec.hold(gradients, places, self._held)
+            self._held = True
 
     def finish(self, extras: Sequence[float] = ()) -> Reduced:
         """Wait for the sums; the reduced gradients are then in ``.grad``."""
         if self._remaining:
             raise RuntimeError(f"{self._remaining} backward passes short of what start() was told")
-        for bucket in self._buckets:
-            if not bucket.sent:
-                self._send(bucket)
-        measured = [] if self._micro_norm2 is None else [float(self._micro_norm2)]
-        small = torch.tensor([*extras, self._bound, *measured], dtype=torch.float64)
+        for lane in self._lanes[self._next :]:
+            self._send(lane)
+        own = [*extras, sum(lane.codec.bound for lane in self._lanes)]
+        if self._micro_norms2 is not None:
+            own.append(float(torch.stack(self._micro_norms2).sum()) if self._micro_norms2 else 0.0)
+        flags = self._presence.pack([flag for lane in self._lanes for flag in lane.present])
+        small = torch.tensor([*own, *flags], dtype=torch.float64)
         handle = self._comm.allreduce_async(small, "extras")
         sent = small.nbytes
-        norms = []
-        for bucket in self._buckets:
-            sent += self._receive(bucket)
-            norms.append(torch.linalg.vector_norm(bucket.flat))
-            if self._fp16:
-                norms.append(torch.linalg.vector_norm(bucket.flat, math.inf))
+        norms2 = []
+        for lane in self._lanes:
+            self._comm.wait(lane.handle)
+            sent += lane.codec.unpack()
+            norms2.append(norm2([lane.bucket.flat]))
         self._comm.wait(handle)
-        *sums, bound = small[: len(extras) + 1].tolist()
-        values = torch.stack(norms).tolist()
-        norm = math.sqrt(sum(v * v for v in values[:: 2 if self._fp16 else 1]))
-        finite = math.isfinite(norm) and bound < _EXACT_LIMIT  # false for a NaN too
-        if self._fp16:
-            self._agree_exponents(values[1::2], finite)
-        return Reduced(sums, norm, finite, sent, float(small[-1]) if measured else None)
+        summed = small.tolist()
+        self._give_gradients(self._presence.unpack(summed[len(own) :]))
+        by_bucket = torch.stack(norms2).tolist() if norms2 else []
+        norm = math.sqrt(sum(by_bucket))
+        bound = summed[len(extras)]
+        finite = math.isfinite(norm) and bound < EXACT_LIMIT  # false for a NaN too
+        for lane, value in zip(self._lanes, by_bucket, strict=True):
+            lane.codec.learn(math.sqrt(value), finite)
+        micro_norm2 = None if self._micro_norms2 is None else summed[len(extras) + 1]
+        return Reduced(summed[: len(extras)], norm, finite, sent, micro_norm2)
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply the reduced gradients, as clipping does."""
+        if factor != 1.0:
+            torch._foreach_mul_([lane.bucket.flat for lane in self._lanes], factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next update's arithmetic depends on."""
-        return {"exponents": [bucket.exponent for bucket in self._buckets]}
+        """What the next update's arithmetic depends on; the same on all ranks."""
+        return {"exponents": [getattr(lane.codec, "exponent", None) for lane in self._lanes]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore it; with another bucket size the exponents start anew."""
         exponents = state["exponents"]
-        if len(exponents) != len(self._buckets):
-            exponents = [None] * len(self._buckets)
-        for bucket, exponent in zip(self._buckets, exponents, strict=True):
-            bucket.exponent = exponent
+        if len(exponents) != len(self._lanes):
+            exponents = [None] * len(self._lanes)
+        for lane, exponent in zip(self._lanes, exponents, strict=True):
+            if isinstance(lane.codec, Half):
+                lane.codec.exponent = exponent
+
+    @property
+    def residuals(self) -> list[Tensor]:
+        """What error feedback owes, one tensor a bucket, in place and different on each rank; empty
+        without it."""
+        codecs = [lane.codec for lane in self._lanes]
+        return [c.residual for c in codecs if isinstance(c, Half) and c.residual is not None]
 
     def close(self) -> None:
         """Take the hooks off the model, so that another reducer can take its place."""
@@ -200,95 +182,94 @@ class GradientReducer:
     def _gradient_ready(self, parameter: nn.Parameter) -> None:
         if not self._armed:
             return
-        bucket = self._of[parameter]
-        bucket.waiting -= 1
-        if bucket.waiting == 0:
-            self._send(bucket)
+        lane, place = self._of[parameter]
+        if lane.bucket.index < self._next:
+            raise RuntimeError(
+                f"{lane.bucket.names[place]} got another gradient after its bucket was sent: one "
+                "backward pass runs inside another (reentrant checkpointing); use "
+                "torch.utils.checkpoint with use_reentrant=False"
+            )
+        lane.waiting.discard(place)
+        # In order, so that all ranks do the same in whatever order their gradients come.
+        while self._next < len(self._lanes) and not self._lanes[self._next].waiting:
+            self._send(self._lanes[self._next])
 
-    def _fold(self, bucket: _Bucket) -> None:
-        """Exact summation: move what the bucket holds into its integer total."""
-        self._collect_strays(bucket)
-        self._measure(bucket)
-        if bucket.total is None:
-            return
-        # Sums of the largest magnitudes bound every element's sum, over ranks too.
-        self._bound += float(torch.linalg.vector_norm(bucket.flat, math.inf))
-        bucket.total += bucket.flat.mul_(2.0**_UNIT_EXPONENT).round_().to(torch.int64)
-        bucket.flat.zero_()
+    def _send(self, lane: _Lane) -> None:
+        self._next = lane.bucket.index + 1
+        gradients, places = self._take(lane)
+        tensor = lane.codec.pack(gradients, places, self._held)
+        lane.handle = self._comm.allreduce_async(tensor, f"bucket.{lane.bucket.index}")
 
-    def _measure(self, bucket: _Bucket) -> None:
-        """Count this micro-batch's part in the sum of squared norms, if it is wanted."""
-        if self._micro_norm2 is None:
-            return
-        part = bucket.flat
-        if bucket.before is not None:
-            part = bucket.flat - bucket.before
-            bucket.before.copy_(bucket.flat)
-        self._micro_norm2 += torch.linalg.vector_norm(part).double().square()
+    def _take(self, lane: _Lane) -> tuple[list[Tensor], list[int]]:
+        """A micro-batch's gradients and their places, noted and measured."""
+        gradients, places = lane.bucket.take_gradients()
+        for place in places:
+            lane.present[place] = True
+        if self._micro_norms2 is not None and gradients:
+            self._micro_norms2.append(norm2(gradients))
+        return gradients, places
 
-    @staticmethod
-    def _collect_strays(bucket: _Bucket) -> None:
-        """Take gradients back that someone moved out by ``zero_grad(set_to_none=True)``."""
-        for parameter, view in bucket.views:
-            if parameter.grad is not view:
-                if parameter.grad is not None:
-                    view.copy_(parameter.grad)
-                parameter.grad = view
-
-    def _send(self, bucket: _Bucket) -> None:
-        self._fold(bucket)
-        bucket.sent = True
-        tensor = bucket.flat if bucket.total is None else bucket.total
-        bucket.compressed = bucket.wire is not None and bucket.exponent is not None
-        if bucket.wire is not None and bucket.exponent is not None:
-            tensor = bucket.wire
-            torch.mul(bucket.flat, 2.0**bucket.exponent, out=tensor)
-        bucket.handle = self._comm.allreduce_async(tensor, f"bucket.{bucket.index}")
-
-    def _receive(self, bucket: _Bucket) -> int:
-        self._comm.wait(bucket.handle)
-        bucket.handle = None
-        if bucket.total is not None:
-            bucket.flat.copy_(bucket.total).mul_(2.0**-_UNIT_EXPONENT)
-            return bucket.total.nbytes
-        if not bucket.compressed or bucket.wire is None or bucket.exponent is None:
-            return bucket.flat.nbytes
-        bucket.flat.copy_(bucket.wire).mul_(2.0**-bucket.exponent)
-        return bucket.wire.nbytes
-
-    def _agree_exponents(self, largest: Sequence[float], finite: bool) -> None:
-        for bucket, magnitude in zip(self._buckets, largest, strict=True):
-            if not math.isfinite(magnitude):
-                if bucket.exponent is not None:
-                    bucket.exponent = max(bucket.exponent - _BACK_OFF, -_EXPONENT_RANGE)
-            elif finite and magnitude > 0:
-                exponent = _TARGET_EXPONENT - math.frexp(magnitude)[1]
-                bucket.exponent = max(-_EXPONENT_RANGE, min(exponent, _EXPONENT_RANGE))
+    def _give_gradients(self, present: Sequence[bool]) -> None:
+        flags = iter(present)
+        for lane in self._lanes:
+            for parameter, view in zip(lane.bucket.parameters, lane.bucket.views, strict=True):
+                parameter.grad = view if next(flags) else None
 
 
-def _fill_buckets(model: nn.Module, bucket_bytes: int) -> list[_Bucket]:
-    """Cut the trainable parameters, last first as backward meets them, into flat buckets."""
-    groups: list[list[nn.Parameter]] = []
-    room = 0
-    for name, parameter in reversed(list(model.named_parameters())):
-        if not parameter.requires_grad:
-            continue
-        if parameter.dtype != torch.float32:
-            raise ValueError(f"parameter {name} is {parameter.dtype}; only float32 is supported")
-        size = parameter.numel() * 4
-        if not groups or size > room:
-            groups.append([])
-            room = bucket_bytes
-        groups[-1].append(parameter)
-        room -= size
-    return [_bucket(index, group) for index, group in enumerate(groups)]
+class _Lane:
+    """A bucket and what goes on with it in the course of an update."""
+
+    def __init__(self, bucket: Bucket, codec: Codec) -> None:
+        self.bucket, self.codec = bucket, codec
+        self.handle: Handle = None
+        self.waiting: set[int] = set()
+        """Places of the parameters whose gradient of the last micro-batch is not in yet."""
+        self.present: list[bool] = []
+        """By place: whether any micro-batch of this rank had a gradient."""
+
+    def start(self) -> None:
+        for parameter in self.bucket.parameters:
+            parameter.grad = None
+        count = len(self.bucket.parameters)
+        self.waiting = set(range(count))
+        self.present = [False] * count
+        self.codec.start()
 
 
-def _bucket(index: int, parameters: list[nn.Parameter]) -> _Bucket:
-    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
-    views = []
-    offset = 0
-    for parameter in parameters:
-        views.append((parameter, flat[offset : offset + parameter.numel()].view_as(parameter)))
-        offset += parameter.numel()
-    return _Bucket(index, flat, views)
+class _Presence:
+    """Which parameters have a gradient on any rank, as a few float64 that are summed over ranks.
+
+    Each holds as many digits to the base ranks + 1 as fit into its 53 bits: the sum of a
+    parameter's digit over ranks is the number of ranks that have its gradient, and never carries.
+    """
+
+    def __init__(self, parameters: int, ranks: int) -> None:
+        self._parameters, self._ranks = parameters, ranks
+        self._digits = max(1, int(53 / math.log2(ranks + 1)))
+        self._all = self._encode([True] * parameters)
+
+    def pack(self, present: Sequence[bool]) -> list[float]:
+        return self._all if all(present) else self._encode(present)
+
+    def unpack(self, summed: Sequence[float]) -> list[bool]:
+        if list(summed) == [value * self._ranks for value in self._all]:
+            return [True] * self._parameters
+        present = []
+        for value in summed:
+            rest = int(value)
+            for _ in range(self._digits):
+                rest, digit = divmod(rest, self._ranks + 1)
+                present.append(digit > 0)
+        return present[: self._parameters]
+
+    def _encode(self, present: Sequence[bool]) -> list[float]:
+        return [
+            float(
+                sum(
+                    (self._ranks + 1) ** power
+                    for power, flag in enumerate(present[begin : begin + self._digits])
+                    if flag
+                )
+            )
+            for begin in range(0, self._parameters, self._digits)
+        ]

@@ -10,22 +10,31 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from harness.buffers import averaged_buffers, gather_buffers, restore_buffers
+from harness.autotune import Tuned
+from harness.buffers import (
+    averaged_buffers,
+    gather_buffers,
+    gather_residuals,
+    restore_buffers,
+    restore_residuals,
+)
 from harness.comm.base import Communicator
+from harness.consistency import check_equal
 from harness.data.datasets import ImageData
 from harness.data.sampler import GlobalBatchSampler, MicroBatch, permute
 from harness.errors import ConfigError, HarnessError, StoppedEarly
 from harness.evaluate import Evaluation, evaluate
+from harness.gradstats import DistanceFromInit, clip_factor, layer_statistics
 from harness.journal import Journal
 from harness.keyed import fold_key
-from harness.optimizer import build_optimizer
+from harness.optimizer import build_optimizer, set_rates
 from harness.profiler import PhaseClock
 from harness.progress import Display, Pace, Status
 from harness.reducer import GradientReducer, Reduced
 from harness.schedule.clock import Clock, step, update_size
 from harness.schedule.configured import rate_schedule, stage_scheduler
 from harness.schedule.growth import BatchDecision, Observation
-from harness.schedule.measured import Noise, noise_terms
+from harness.schedule.noise import NoiseScale
 from harness.schedule.plan import Decomposition, decompose, ranks_for, run_end
 from harness.schedule.rates import Rates
 from harness.schema import Config
@@ -54,8 +63,10 @@ class Trainer:
         display: Display,
         stop: StopRequest,
         grow: bool = False,
+        tuned: Tuned | None = None,
     ) -> None:
-        """``grow``: stop with a checkpoint where the plan wants more ranks than there are."""
+        """``grow``: stop with a checkpoint where the plan wants more ranks than there are;
+        ``tuned``: what stands in place of the configuration's settings of the same names."""
         self._config, self._data, self._model, self._comm = config, data, model, comm
         self._journal, self._display, self._stop, self._grow = journal, display, stop, grow
         size = len(data.train)
@@ -65,15 +76,18 @@ class Trainer:
         self._rates = rate_schedule(config)
         self._sampler = GlobalBatchSampler(size, config.seed, config.batch.micro_batch)
         self._augment = data.augmentation if config.data.augment else None
+        self._tuned = tuned
+        settings = config.comm if tuned is None else tuned.applied(config.comm)
         self._reducer = GradientReducer(
             model,
             comm,
-            config.comm.compression,
-            int(config.comm.bucket_mb * 2**20),
-            config.comm.summation,
-            micro_norms=self._measures_noise,
+            settings.compression,
+            int(settings.bucket_mb * 2**20),
+            settings.summation,
         )
         self._optimizer = build_optimizer(model, config)
+        self._noise = NoiseScale()
+        self._initial = DistanceFromInit(model)
         self._phases = PhaseClock()
         self._window = Window()
         self._pace = Pace()
@@ -104,7 +118,10 @@ class Trainer:
             "model": self._model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "reducer": self._reducer.state_dict(),
+            "tuned": None if self._tuned is None else self._tuned.as_dict(),
             "growth": self._scheduler.state_dict(),
+            "noise": self._noise.state_dict(),
+            "initial_weights": self._initial.state_dict(),
             "samples_seen": self.clock.samples,
             "update": self.clock.updates,
             "dataset_size": self.clock.dataset_size,
@@ -127,7 +144,10 @@ class Trainer:
         restore_buffers(self._model, state.get("rank_buffers"), self._comm)
         self._optimizer.load_state_dict(state["optimizer"])
         self._reducer.load_state_dict(state["reducer"])
+        restore_residuals(self._reducer.residuals, state.get("rank_residuals"), self._comm)
         self._scheduler.load_state_dict(state["growth"])
+        self._noise.load_state_dict(state["noise"])
+        self._initial.load_state_dict(state["initial_weights"])
         self.clock = Clock(state["samples_seen"], state["update"], self.clock.dataset_size)
         self._stage = state["stage"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
@@ -136,11 +156,6 @@ class Trainer:
         if state["evaluation"] is not None:
             self._evaluation = Evaluation(**state["evaluation"])
         self._window = Window.from_state(state["window"])
-
-    @property
-    def _measures_noise(self) -> bool:
-        measured = self._scheduler.measured
-        return measured is not None and measured.needs_noise
 
     def _decide(self) -> BatchDecision:
         """The global batch of the next update, after measuring what the decision needs."""
@@ -218,19 +233,23 @@ class Trainer:
             self._stop_with_checkpoint("asked to stop")
 
     def _observe(self, size: int, reduced: Reduced) -> None:
-        """Tell the growth policy what this update has measured."""
+        """Take notice of what this update has measured, and tell the growth policy."""
         noise = None
         if reduced.micro_norm2 is not None:
-            micro = min(self._config.batch.micro_batch, size)
+            micro = self._config.batch.micro_batch
             squares = size // micro * micro**2 + (size % micro) ** 2
-            noise = noise_terms(size, squares, reduced.micro_norm2, reduced.grad_norm**2)
+            noise = self._noise.observe(
+                self.clock, size, squares, reduced.micro_norm2, reduced.grad_norm**2
+            )
         loss = reduced.extras[0] / size
         self._scheduler.observe(self.clock, Observation(size, loss, reduced.grad_norm, noise))
 
     def _accumulate(self, size: int) -> float:
         """Forward and backward over this rank's micro-batches; returns their summed loss."""
         ranks, rank = self._comm.size, self._comm.rank
-        self._reducer.start(self._sampler.count(size, ranks, rank))
+        # The norms of micro-batches tell the noise scale, if there is more than one to compare.
+        norms = size > self._config.batch.micro_batch
+        self._reducer.start(self._sampler.count(size, ranks, rank), micro_norms=norms)
         total = torch.zeros((), dtype=torch.float64)
         for micro in self._sampler.micro_batches(self.clock.samples, size, ranks, rank):
             loss = self._forward(micro)
@@ -263,8 +282,10 @@ class Trainer:
             self._skip()
             return
         self._skipped_in_a_row = 0
-        for group in self._optimizer.param_groups:
-            group["lr"], group["momentum"] = rates.lr, rates.momentum
+        set_rates(self._optimizer, rates.lr, rates.momentum)
+        limit = self._config.optimizer.clip_grad_norm
+        if limit is not None:
+            self._reducer.scale_gradients(clip_factor(reduced.grad_norm, limit))
         self._optimizer.step()
 
     def _skip(self) -> None:
@@ -305,25 +326,34 @@ class Trainer:
             "lr": rates.lr,
             "momentum": rates.momentum,
             "grad_norm": reduced.grad_norm,
-            "noise_scale": self._noise_scale(),
-            "distance_from_init": None,  # not measured yet
+            "noise_scale": self._noise.scale,
         }
         self._window.add(size, reduced.extras[0], reduced.bytes_sent, seconds, latest)
         if self._window.updates >= self._config.train.log_every:
             self._flush_window()
 
-    def _noise_scale(self) -> float | None:
-        policy = self._scheduler.policy
-        return policy.scale if isinstance(policy, Noise) else None
-
     def _flush_window(self) -> None:
         if self._window.updates:
-            self._journal.metrics(self._window.line())
+            distance = self._initial.distance(self._model) if self._comm.rank == 0 else None
+            self._journal.metrics({**self._window.line(), "distance_from_init": distance})
             self._window = Window()
+
+    def _log_layers(self) -> None:
+        if self._comm.rank == 0:
+            self._journal.layers(
+                {
+                    "update": self.clock.updates,
+                    "samples_seen": self.clock.samples,
+                    "epoch": self.clock.epoch,
+                    "layers": layer_statistics(self._model, self._optimizer),
+                }
+            )
 
     def _milestones(self, before: Clock) -> bool:
         """Evaluate and save where the clock has passed their times; whether it evaluated."""
         train = self._config.train
+        if train.layers_every and (self._passed(train.layers_every, before) or not before.updates):
+            self._log_layers()
         evaluates = self._passed(train.eval_every, before)
         if evaluates:
             self._flush_window()  # so that curves have a point for each evaluation
@@ -354,9 +384,11 @@ class Trainer:
     def _save(self) -> None:
         if self._saved_at == self.clock.updates:
             return
+        check_equal(self._model, self._optimizer, self._comm, self.clock.updates)
         table = gather_buffers(self._model, self._comm)
+        residuals = gather_residuals(self._reducer.residuals, self._comm)
         with averaged_buffers(self._model, table):
-            state = {**self.state_dict(), "rank_buffers": table}
+            state = {**self.state_dict(), "rank_buffers": table, "rank_residuals": residuals}
             self._journal.save(self.clock.updates, self.clock.samples, state)
         self._saved_at = self.clock.updates
 

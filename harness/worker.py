@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 from harness import checkpoint, environment
+from harness.autotune import Tuned, slower_than_none, tune
 from harness.comm import Communicator, allreduce, broadcast_bytes, open_communicator
 from harness.config import check_trainable, dump_config, load_config
-from harness.data.datasets import load
+from harness.data.datasets import ImageData, load
 from harness.errors import HarnessError, PeerLost, RunDirectoryError, StoppedEarly
 from harness.evaluate import Evaluation
 from harness.journal import Journal
+from harness.memory import keep_freed_memory
 from harness.models import build_model
 from harness.progress import Display, Relay, Silent, local_display
 from harness.provenance import collect
@@ -74,8 +77,9 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: Path, resume: bo
     try:
         config = load_config(config_path, overrides)
         check_trainable(config)
+        keep_freed_memory()
         _set_threads(config)
-        comm = open_communicator(config.comm.backend)
+        comm = open_communicator(config.comm)
         _run(config, RunDirectory(run_dir), resume, comm)
     except _AllLeave as leave:
         if leave.mine is not None:
@@ -120,14 +124,19 @@ def _run(config: Config, run: RunDirectory, resume: bool, comm: Communicator) ->
             stop.clear()
     journal = Journal(run, comm.rank == 0, config.train.keep_checkpoints, resumed.position)
     display = _display(comm)
+    tuned = _together(comm, lambda: _tune(config, model, data, comm, resumed))
     trainer = Trainer(
-        config, data, model, comm, journal, display, stop, environment.supervised_growth()
+        config, data, model, comm, journal, display, stop, environment.supervised_growth(), tuned
     )
     if resumed.state is not None:
         state = resumed.state
         _together(comm, lambda: trainer.load_state_dict(state))
     if comm.rank == 0:
         _introduce(config, run, comm, trainer, journal, resumed)
+        if tuned is not None:
+            journal.event("autotune", trainer.clock.updates, **tuned.as_dict())
+    if tuned is None:
+        _check_compression(config, comm, trainer.clock.updates, journal, display)
     try:
         return trainer.run()
     finally:
@@ -169,6 +178,34 @@ def _find(run: RunDirectory) -> _Resumed:
     if found is not None:
         resumed.content, resumed.name = found.content, found.path.name
     return resumed
+
+
+def _tune(
+    config: Config, model: nn.Module, data: ImageData, comm: Communicator, resumed: _Resumed
+) -> Tuned | None:
+    """What comm.autotune chooses. A run that goes on with as many ranks keeps what it had: another
+    choice would round otherwise."""
+    if not config.comm.autotune or comm.size == 1:
+        return None
+    before = resumed.state["tuned"] if resumed.state else None
+    if before is not None and before["ranks"] == comm.size:
+        return Tuned.from_dict(before)
+    return tune(config.comm, model, data.shape, config.batch.micro_batch, comm)
+
+
+def _check_compression(
+    config: Config, comm: Communicator, update: int, journal: Journal, display: Display
+) -> None:
+    """Say so if compression costs more time than it saves."""
+    ratio = slower_than_none(config.comm, comm)
+    if ratio is None:
+        return
+    told = (
+        f"comm.compression = {config.comm.compression} takes {ratio:.1f} times as long as none "
+        f"over {comm.kind} here; try comm.compression=none, or comm.autotune=true"
+    )
+    journal.event("warning", update, reason=told)
+    display.say(f"harness: warning: {told}")
 
 
 def _introduce(
