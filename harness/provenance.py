@@ -26,9 +26,28 @@ _PACKAGES = (
     "numpy",
     "scikit-learn",
 )
-_VARIABLES = ("HOROVOD_", "OMPI_MCA_", "OMP_NUM_THREADS", "NCCL_", "CUDA_VISIBLE_DEVICES", "MKL_")
+_VARIABLES = (
+    "HOROVOD_",
+    "OMPI_MCA_",
+    "OMP_NUM_THREADS",
+    "NCCL_",
+    "GLOO_",
+    "CUDA_VISIBLE_DEVICES",
+    "MKL_",
+)
 # Launchers put addresses and keys of their own into variables that begin like settings.
-_SETTINGS_ONLY = ("ADDR", "KEY", "SECRET", "TOKEN", "PASSWORD", "URI", "IFACE", "HOSTNAME", "PORT")
+_SETTINGS_ONLY = (
+    "ADDR",
+    "KEY",
+    "SECRET",
+    "TOKEN",
+    "PASSWORD",
+    "URI",
+    "IFACE",
+    "HOSTNAME",
+    "PORT",
+    "PRECONDITION",
+)
 
 
 def collect(comm: Communicator) -> dict[str, Any]:
@@ -45,6 +64,7 @@ def collect(comm: Communicator) -> dict[str, Any]:
             "kind": comm.kind,
             "ranks": comm.size,
             "ranks_per_host": comm.local_size,
+            "hosts": comm.topology.as_list(),
         },
         "hardware": {
             "host": host(),
@@ -62,7 +82,7 @@ def _settings() -> dict[str, str]:
     return {
         name: value
         for name, value in sorted(os.environ.items())
-        if name.startswith(_VARIABLES) and not any(word in name for word in _SETTINGS_ONLY)
+        if name.startswith(_VARIABLES) and not any(word in name.upper() for word in _SETTINGS_ONLY)
     }
 
 

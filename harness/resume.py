@@ -22,6 +22,9 @@ _FREE = frozenset(
         "comm.backend",
         "comm.controller",
         "comm.bucket_mb",
+        "comm.cycle_ms",
+        "comm.fusion_mb",
+        "comm.yield_when_idle",
         "train.keep_checkpoints",
     }
 )

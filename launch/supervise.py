@@ -150,7 +150,8 @@ def _first_ranks(
             "use comm.backend=horovod"
         )
     check_slots(ranks if request.ranks else max(ranks, config.ranks.ceiling), hosts)
-    if config.comm.controller == "gloo" and config.comm.compression == "fp16":
+    horovods_gloo = config.comm.backend == "horovod" and config.comm.controller == "gloo"
+    if horovods_gloo and config.comm.compression != "none":
         print(
             "harness: warning: fp16 over Horovod's Gloo is slower than no compression (its half "
             "arithmetic is done in software); use comm.controller=mpi or comm.compression=none",
@@ -207,22 +208,17 @@ def _spec(
 def _variables(
     config: Config, hosts: tuple[Host, ...], ranks: int, directory: RunDirectory, grow: bool
 ) -> dict[str, str]:
-    """Settings of the ranks. What the user has set in the environment already stays."""
-    here = hosts[0].slots
-    cores = environment.usable_cores()
-    threads = config.ranks.threads or max(1, cores // here)
-    wishes = {
-        "OMP_NUM_THREADS": str(threads),
-        # Gradients come in buckets of our own. Horovod's fusion groups by time of arrival, which
-        # with three ranks or more changes the order of summation from run to run.
-        "HOROVOD_FUSION_THRESHOLD": "0",
-        # Horovod looks for work once per cycle; its default of 1 ms is longer than many an update
-        # of a small network.
-        "HOROVOD_CYCLE_TIME": "0.1",
+    """Settings of the ranks. What the user has set in the environment already stays.
+
+    What follows from a host's cores each rank settles by itself: this machine may have others.
+    """
+    fullest = max(host.slots for host in hosts)
+    threads = config.ranks.threads or max(1, environment.usable_cores() // fullest)
+    settings = {
+        name: value for name, value in os.environ.items() if name.startswith(environment.FORWARDED)
     }
-    if here * threads >= cores:
-        wishes["OMPI_MCA_mpi_yield_when_idle"] = "1"  # else ranks that wait spin on shared cores
-    settings = {name: os.environ.get(name, value) for name, value in wishes.items()}
+    settings |= environment.communication_settings(config.comm)
+    settings["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
     settings |= {
         environment.WORLD_SIZE: str(ranks),
         environment.FAILURE_DIR: str(directory.failures.resolve()),

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+from harness.errors import LaunchError
+
+if TYPE_CHECKING:
+    from harness.comm.topology import Topology
 
 Handle = Any
 """What ``allreduce_async`` returns and ``wait`` takes."""
 
 
 class Communicator(Protocol):
-    """Collectives over all ranks. Every rank makes the same calls with the same names."""
+    """Collectives over all ranks.
+
+    Every rank makes the same calls with the same names, in the same order: Horovod sorts by name
+    what comes in another order, torch.distributed would add up what does not belong together.
+    Tensors are contiguous and live on ``device`` or on the CPU.
+    """
 
     @property
     def kind(self) -> str:
-        """What carries them, for records: ``horovod-mpi``, ``horovod-gloo`` or ``solo``."""
+        """What carries them, for records: ``horovod-mpi``, ``horovod-gloo``, ``torch-gloo``,
+        ``torch-nccl`` or ``solo``."""
 
     @property
     def rank(self) -> int: ...
@@ -24,15 +35,30 @@ class Communicator(Protocol):
     def size(self) -> int: ...
 
     @property
+    def local_rank(self) -> int:
+        """This rank's number among those on its host, from 0."""
+
+    @property
     def local_size(self) -> int:
         """Ranks on this host."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where a rank computes: its GPU if the engine carries tensors between GPUs by itself, else
+        the CPU. An engine that cannot would copy each gradient to the host and back; rather than do
+        so without a word, a rank then leaves the GPU alone."""
+
+    @property
+    def topology(self) -> Topology:
+        """Where all ranks run; gathered when they met."""
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Handle:
         """Begin to replace ``tensor`` by its sum over ranks, in place. ``name`` is unique among the
         operations under way, and equal on all ranks."""
 
     def wait(self, handle: Handle) -> None:
-        """Return when the operation is done."""
+        """Return when the operation is done; for a tensor on a GPU, when all work that is given to
+        its current stream from now on sees the sum. Raises PeerLost if another rank is gone."""
 
     def broadcast(self, tensor: torch.Tensor, name: str) -> None:
         """Replace ``tensor`` by rank 0's, in place."""
@@ -58,3 +84,20 @@ def broadcast_bytes(comm: Communicator, content: bytes | None, name: str) -> byt
         payload = torch.empty(int(length), dtype=torch.uint8)
     comm.broadcast(payload, name)
     return content if content is not None else payload.numpy().tobytes()
+
+
+def device_of_rank(local_rank: int, carries_gpus: bool) -> torch.device:
+    """See ``Communicator.device``.
+
+    A rank that sees one GPU takes that: its launcher has chosen it (CUDA_VISIBLE_DEVICES). Raises
+    LaunchError if a rank sees several, but none is left for it: NCCL wants one for each rank.
+    """
+    gpus = torch.cuda.device_count() if carries_gpus else 0
+    if gpus == 0:
+        return torch.device("cpu")
+    if gpus > 1 and local_rank >= gpus:
+        raise LaunchError(
+            f"rank {local_rank} of this host has no GPU: {gpus} are visible; start at most {gpus} "
+            "ranks on a host, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on CPUs"
+        )
+    return torch.device("cuda", local_rank if gpus > 1 else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,15 +10,28 @@ import horovod.torch as hvd
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
-from harness.comm.base import Handle
+from harness import environment
+from harness.comm.base import Handle, device_of_rank
+from harness.comm.topology import gather_topology
 from harness.errors import PeerLost
+from harness.schema import Comm
 
 
 class HorovodCommunicator:
-    """All ranks that the launcher started, over Horovod with an MPI or Gloo controller."""
+    """All ranks that the launcher started, over Horovod with an MPI or Gloo controller.
 
-    def __init__(self) -> None:
+    Seen to work on CPUs. A Horovod that was built with NCCL was not measured.
+    """
+
+    def __init__(self, settings: Comm | None = None) -> None:
+        settle(settings or Comm())
         hvd.init()
+        # Built without NCCL, Horovod has no way of its own between GPUs.
+        gpus = torch.cuda.is_available() and bool(hvd.nccl_built())
+        self.device = device_of_rank(self.local_rank, gpus)
+        if gpus:
+            torch.cuda.set_device(self.device)
+        self.topology = gather_topology(self)
 
     @property
     def kind(self) -> str:
@@ -30,6 +44,10 @@ class HorovodCommunicator:
     @property
     def size(self) -> int:
         return int(hvd.size())
+
+    @property
+    def local_rank(self) -> int:
+        return int(hvd.local_rank())
 
     @property
     def local_size(self) -> int:
@@ -49,6 +67,24 @@ class HorovodCommunicator:
 
     def close(self) -> None:
         hvd.shutdown()
+
+
+def settle(settings: Comm) -> None:
+    """Put Horovod's and MPI's settings where they read them when they are initialised.
+
+    Each rank does this for itself, so that ranks started by a plain mpirun have them too, and
+    because only a rank knows the cores of its host.
+    """
+    os.environ.update(environment.communication_settings(settings))
+    # Gradients come in buckets of our own. Horovod's fusion groups by time of arrival, which with
+    # three ranks or more changes the order of summation from run to run.
+    os.environ.setdefault(environment.FUSION, "0")
+    # Horovod looks for work once per cycle; its default of 1 ms is longer than many an update of a
+    # small network.
+    os.environ.setdefault(environment.CYCLE_TIME, "0.1")
+    if environment.launched_local_size() * torch.get_num_threads() >= environment.usable_cores():
+        # MPI spins while it waits, on cores that other ranks or this one's own threads need.
+        os.environ.setdefault(environment.YIELD, "1")
 
 
 @contextmanager
