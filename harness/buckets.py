@@ -47,7 +47,7 @@ class Bucket:
 
 def fill_buckets(model: nn.Module, bucket_bytes: int) -> list[Bucket]:
     """Cut the trainable parameters, last first as backward meets them, into buckets. One that
-    modules share is there once.
+    modules share is there once, one without elements is not there.
 
     Raises ValueError for a parameter that is not float32.
     """
@@ -55,7 +55,7 @@ def fill_buckets(model: nn.Module, bucket_bytes: int) -> list[Bucket]:
     room = 0
     device = None
     for name, parameter in reversed(list(model.named_parameters())):
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or not parameter.numel():
             continue
         if parameter.dtype != torch.float32:
             raise ValueError(f"parameter {name} is {parameter.dtype}; only float32 is supported")

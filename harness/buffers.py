@@ -1,9 +1,9 @@
 """What differs between ranks: a model's buffers, and what error feedback owes.
 
 Buffers (batch norm's running statistics) drift apart, as each rank sees its own micro-batches.
-Evaluation and saved models use the mean over ranks; training
-goes on with each rank's own, so that it does not matter when one evaluates or saves, and a resumed
-run on as many ranks goes on with each rank's own too.
+Evaluation and saved models use the mean over ranks; training goes on with each rank's own, so that
+it does not matter when one evaluates or saves, and a resumed run on as many ranks goes on with each
+rank's own too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def gather_buffers(model: nn.Module, comm: Communicator) -> Tensor | None:
 
     Float64 holds every float32 and every integer up to 2^53 exactly. A collective call.
     """
-    flat = [buffer.detach().double().reshape(-1) for buffer in model.buffers()]
+    flat = [buffer.detach().cpu().double().reshape(-1) for buffer in model.buffers()]
     if not flat or not sum(map(len, flat)):
         return None
     mine = torch.cat(flat)

@@ -37,16 +37,17 @@ def evaluate(
     chosen = np.arange(len(split), dtype=np.int64) if samples is None else samples
     bounds = [len(chosen) * i // comm.size for i in range(comm.size + 1)]
     mine = chosen[bounds[comm.rank] : bounds[comm.rank + 1]]
-    sums = torch.zeros(3, dtype=torch.float64)
+    found = torch.zeros(3, dtype=torch.float64, device=comm.device)
     with torch.inference_mode():
         for start in range(0, len(mine), _BATCH):
             images, labels = split.batch(mine[start : start + _BATCH])
+            images, labels = images.to(comm.device), labels.to(comm.device)
             logits = model(images)
             losses = functional.cross_entropy(logits, labels, reduction="none")
             correct = (logits.argmax(dim=1) == labels).sum()
-            sums += torch.stack(
-                (losses.double().sum(), correct.double(), torch.tensor(len(labels)).double())
-            )
+            found[0] += losses.double().sum()
+            found[1] += correct
+            found[2] += len(labels)
     model.train()
-    loss, correct_count, total = allreduce(comm, sums, "evaluation").tolist()
+    loss, correct_count, total = allreduce(comm, found.cpu(), "evaluation").tolist()
     return Evaluation(loss / total, correct_count / total, int(total))

@@ -250,7 +250,7 @@ class Trainer:
         # The norms of micro-batches tell the noise scale, if there is more than one to compare.
         norms = size > self._config.batch.micro_batch
         self._reducer.start(self._sampler.count(size, ranks, rank), micro_norms=norms)
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self._comm.device)
         for micro in self._sampler.micro_batches(self.clock.samples, size, ranks, rank):
             loss = self._forward(micro)
             self._phases.mark("forward")
@@ -266,7 +266,8 @@ class Trainer:
         images, labels = self._data.train.batch(micro.samples, micro.epochs, seed, self._augment)
         # Dropout and the like draw from a stream that belongs to the micro-batch, so they depend
         # neither on the ranks nor on what this process ran before.
-        torch.default_generator.manual_seed(fold_key(seed, micro.start) >> 1)
+        self._seed(fold_key(seed, micro.start) >> 1)
+        images, labels = images.to(self._comm.device), labels.to(self._comm.device)
         self._phases.mark("data")
         logits = self._model(images)
         if logits.shape != (len(labels), self._data.num_classes):
@@ -276,6 +277,11 @@ class Trainer:
                 f"{self._data.num_classes}) are needed"
             )
         return functional.cross_entropy(logits, labels, reduction="sum")
+
+    def _seed(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+        if self._comm.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _apply(self, rates: Rates, reduced: Reduced) -> None:
         if not reduced.finite:

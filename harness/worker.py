@@ -115,6 +115,7 @@ def _run(config: Config, run: RunDirectory, resume: bool, comm: Communicator) ->
     model = _together(
         comm, lambda: build_model(config.model.name, data.num_classes, data.shape, config.seed)
     )
+    model.to(comm.device)
     resumed = _resume(run, comm) if resume else _Resumed()
     if comm.rank == 0:
         if not resume:
