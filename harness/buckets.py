@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-_PIECE = 1 << 20
+PIECE = 1 << 20
+"""Elements."""
 
 
 @dataclass
@@ -70,16 +71,19 @@ def fill_buckets(model: nn.Module, bucket_bytes: int) -> list[Bucket]:
 
 def norm2(tensors: Sequence[Tensor]) -> Tensor:
     """The sum of all elements' squares, float64 without dimensions."""
-    # A float32 norm on a CPU comes out low, by 1e-5 for a million elements and by 1e-2 for a
-    # hundred million; one in float64 takes four times as long. So long tensors are cut.
-    pieces = [
-        piece
-        for tensor in tensors
-        for piece in (
-            (tensor,) if tensor.numel() <= _PIECE else torch.split(tensor.reshape(-1), _PIECE)
-        )
-    ]
-    return torch.stack(torch._foreach_norm(pieces)).double().square().sum()
+    return torch.stack(torch._foreach_norm(pieces(tensors))).double().square().sum()
+
+
+def pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, long ones cut, for norms in float32.
+
+    Such a norm on a CPU comes out low, by 1e-5 for a million elements and by 1e-2 for a hundred
+    million; one in float64 takes four times as long.
+    """
+    cut: list[Tensor] = []
+    for tensor in tensors:
+        cut += [tensor] if tensor.numel() <= PIECE else torch.split(tensor.reshape(-1), PIECE)
+    return cut
 
 
 def _bucket(index: int, group: Sequence[tuple[str, nn.Parameter]]) -> Bucket:

@@ -100,27 +100,46 @@ class Half(Codec):
         self.exponent: int | None = None
         self.residual = torch.zeros_like(bucket.flat) if feedback else None
         """What this rank's casts have rounded off so far, to be sent with the next update."""
+        self._touched: set[int] = set()
+        """Places of the parameters that have a gradient in this update."""
+
+    def start(self) -> None:
+        self._touched.clear()
+
+    def hold(self, gradients: list[Tensor], places: list[int], held: bool) -> None:
+        super().hold(gradients, places, held)
+        self._touched.update(places)
 
     def pack(self, gradients: list[Tensor], places: list[int], held: bool) -> Tensor:
         self._sent = self.exponent
-        if self.exponent is None:
-            return super().pack(gradients, places, held)
-        scale = 2.0**self.exponent
-        if not held and self.residual is None and len(places) == len(self._wire_views):
+        scale = 2.0 ** (self.exponent or 0)
+        whole = not held and len(places) == len(self._wire_views)
+        if whole and self.exponent is not None and self.residual is None:
             # The gradients are used up, which saves a pass over a copy in float32.
             torch._foreach_mul_(gradients, scale)
             torch._foreach_copy_(self._wire_views, gradients)
             return self._wire
         self.hold(gradients, places, held)
-        flat = self.bucket.flat
+        flat = wire = self.bucket.flat
         if self.residual is not None:
-            flat.add_(self.residual)
-            self.residual.copy_(flat)
-        self._wire.copy_(flat.mul_(scale))
+            self._add_owed(self.residual)
+        if self.exponent is not None:
+            wire = self._wire.copy_(flat.mul_(scale))
         if self.residual is not None:
             # Exact: the difference between a float32 and its neighbour in fp16 is a float32.
-            self.residual.sub_(flat.copy_(self._wire).mul_(1.0 / scale))
-        return self._wire
+            self.residual.sub_(flat if wire is flat else flat.copy_(wire).mul_(1.0 / scale))
+        return wire
+
+    def _add_owed(self, residual: Tensor) -> None:
+        """Leave in ``residual`` all that has to be sent some time, in ``flat`` what is to go now.
+
+        What is owed to a parameter without a gradient stays owed: if it has none on any rank, what
+        is sent would be thrown away.
+        """
+        self.bucket.flat.copy_(residual.add_(self.bucket.flat))
+        for place, view in enumerate(self.bucket.views):
+            if place not in self._touched:
+                view.zero_()
 
     def unpack(self) -> int:
         if self._sent is None:
@@ -137,6 +156,8 @@ class Half(Codec):
         elif finite and norm > 0:
             exponent = _TARGET_EXPONENT - math.frexp(norm)[1]
             self.exponent = max(-_EXPONENT_RANGE, min(exponent, _EXPONENT_RANGE))
+        elif finite:
+            self.exponent = None  # tells nothing of what comes, or all of it has vanished in fp16
 
 
 class Exact(Codec):

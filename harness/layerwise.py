@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from harness.buckets import PIECE, pieces
+
 
 def dense(weight: Tensor) -> Tensor:
     """The tensor itself if its elements lie in memory without gaps, or else a copy that does.
@@ -43,7 +45,12 @@ def laid_out_as(target: Tensor, tensor: Tensor) -> Tensor:
 
 def layer_norms_of(tensors: list[Tensor]) -> Tensor:
     """L2 norms of n tensors of one device and dtype: (n,), float64."""
-    return torch.stack(torch._foreach_norm(tensors)).double()
+    if tensors[0].device.type != "cpu" or all(t.numel() <= PIECE for t in tensors):
+        return torch.stack(torch._foreach_norm(tensors)).double()
+    cut = [pieces([tensor]) for tensor in tensors]
+    norms = torch.stack(torch._foreach_norm([piece for one in cut for piece in one])).double()
+    owners = torch.repeat_interleave(torch.tensor([len(one) for one in cut]))
+    return norms.new_zeros(len(tensors)).index_add_(0, owners, norms.square()).sqrt()
 
 
 @dataclass

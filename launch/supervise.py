@@ -208,17 +208,17 @@ def _spec(
 def _variables(
     config: Config, hosts: tuple[Host, ...], ranks: int, directory: RunDirectory, grow: bool
 ) -> dict[str, str]:
-    """Settings of the ranks. What the user has set in the environment already stays.
+    """Settings of the ranks. A key that the configuration sets beats the user's own variable.
 
     What follows from a host's cores each rank settles by itself: this machine may have others.
     """
-    fullest = max(host.slots for host in hosts)
-    threads = config.ranks.threads or max(1, environment.usable_cores() // fullest)
+    share = environment.usable_cores() // max(host.slots for host in hosts)
+    threads = config.ranks.threads or os.environ.get("OMP_NUM_THREADS") or max(1, share)
     settings = {
         name: value for name, value in os.environ.items() if name.startswith(environment.FORWARDED)
     }
     settings |= environment.communication_settings(config.comm)
-    settings["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+    settings["OMP_NUM_THREADS"] = str(threads)
     settings |= {
         environment.WORLD_SIZE: str(ranks),
         environment.FAILURE_DIR: str(directory.failures.resolve()),

@@ -326,7 +326,7 @@ def test_a_silent_rank_0_ends_the_wait(store: tuple[str, int]) -> None:
 
 def test_a_store_that_is_gone_is_told() -> None:
     os.environ.update(LAUNCHERS["horovodrun"])
-    with pytest.raises(RankFailure, match="horovodrun.s store at http://127"):
+    with pytest.raises(RankFailure, match="horovodrun's store at http://127"):
         HorovodrunChannel("127.0.0.1", 9, patience=60).share(b"")
 
 

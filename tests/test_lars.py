@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.lars import LARS, PRESETS
+from harness.layerwise import layer_norms_of
 from harness.schema import LARS_ONLY
 from harness.schema import Optimizer as Settings
 
@@ -439,3 +440,11 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
         LARS(weights(), **options)
     with pytest.raises(ValueError, match=message):
         LARS([{"params": weights(), **options}], lr=1.0)
+
+
+def test_norms_of_long_layers_are_not_low() -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(5), torch.randn(3000, 3000), torch.randn(40)]
+    found = layer_norms_of(tensors)
+    for norm, tensor in zip(found, tensors, strict=True):
+        assert float(norm) == pytest.approx(float(tensor.double().norm()), rel=2e-5)

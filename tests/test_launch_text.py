@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shlex
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.environment import FORWARDED
 from harness.errors import LaunchError
 from launch import horovodrun, mpirun
 from launch.hosts import check_slots, fill, parse_hosts, this_host
 from launch.spec import Death, Host, LaunchSpec, first_death
+from launch.supervise import RunRequest, run
 
 SPEC = LaunchSpec(
     ranks=3,
@@ -67,6 +71,106 @@ def test_the_command_comes_last_and_unchanged(command: list[str]) -> None:
     spec = replace(SPEC, command=tuple(command))
     for arguments in (horovodrun.arguments(spec), mpirun.arguments(spec, as_root=False)):
         assert arguments[-len(command) :] == command
+
+
+# Variables
+
+
+def variables(
+    capsys: pytest.CaptureFixture[str], *overrides: str, hosts: str = "localhost:2"
+) -> dict[str, str]:
+    """What a dry run shows that every rank would get."""
+    config = Path(__file__).parents[1] / "configs" / "adabatch-digits.yaml"
+    run(RunRequest(config, overrides, 2, hosts, "mpirun", Path("not-made"), dry_run=True))
+    words = shlex.split(capsys.readouterr().out)
+    settings = words[1 : words.index("mpirun")]
+    passed = {name for flag, name in itertools.pairwise(words) if flag == "-x"}
+    found = dict(word.split("=", 1) for word in settings)
+    assert set(found) == passed
+    return found
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment in which the user has set nothing that ranks get."""
+    for name in list(os.environ):
+        if name.startswith((*FORWARDED, "OMP_", "OMPI_", "HARNESS_")):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_what_nobody_has_set_is_left_to_each_rank(
+    bare: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = variables(capsys)
+    assert found.keys() == {
+        "HARNESS_FAILURE_DIR",
+        "HARNESS_GROW",
+        "HARNESS_PROGRESS",
+        "HARNESS_WORLD_SIZE",
+        "OMP_NUM_THREADS",
+    }
+    assert (found["HARNESS_WORLD_SIZE"], found["HARNESS_GROW"]) == ("2", "0")
+
+
+def test_keys_of_the_configuration_beat_the_user_s_variables(
+    bare: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare.setenv("HOROVOD_CYCLE_TIME", "7")
+    bare.setenv("HOROVOD_TIMELINE", "trace.json")
+    bare.setenv("NCCL_DEBUG", "INFO")
+    bare.setenv("MASTER_PORT", "1234")
+    found = variables(capsys)
+    assert found["HOROVOD_CYCLE_TIME"] == "7"
+    assert found["HOROVOD_TIMELINE"] == "trace.json"
+    assert (found["NCCL_DEBUG"], found["MASTER_PORT"]) == ("INFO", "1234")
+    found = variables(capsys, "comm={cycle_ms: 0.05, fusion_mb: 2, yield_when_idle: true}")
+    assert found["HOROVOD_CYCLE_TIME"] == "0.05"
+    assert found["HOROVOD_FUSION_THRESHOLD"] == str(2 * 2**20)
+    assert found["OMPI_MCA_mpi_yield_when_idle"] == "1"
+    assert found["HOROVOD_TIMELINE"] == "trace.json"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "key", "threads"),
+    [
+        ("a:2", "null", "4"),
+        ("a:1,b:1", "null", "8"),
+        ("a:1,b:2", "null", "8"),
+        ("a:2", "3", "3"),
+    ],
+)
+def test_threads_are_the_share_of_a_rank_on_the_fullest_host(
+    hosts: str,
+    key: str,
+    threads: str,
+    bare: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bare.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    found = variables(capsys, f"ranks.threads={key}", hosts=hosts)
+    assert found["OMP_NUM_THREADS"] == threads
+    bare.setenv("OMP_NUM_THREADS", "5")
+    found = variables(capsys, f"ranks.threads={key}", hosts=hosts)
+    assert found["OMP_NUM_THREADS"] == ("5" if key == "null" else threads)
+
+
+@pytest.mark.parametrize(
+    ("keys", "warned"),
+    [
+        ("{backend: horovod, controller: gloo, compression: fp16}", True),
+        ("{backend: horovod, controller: gloo, compression: fp16_feedback}", True),
+        ("{backend: horovod, controller: gloo, compression: none}", False),
+        ("{backend: horovod, controller: mpi, compression: fp16}", False),
+        ("{backend: torch, controller: gloo, compression: fp16}", False),
+    ],
+)
+def test_half_precision_over_horovod_s_gloo_is_warned_of(
+    keys: str, warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Path(__file__).parents[1] / "configs" / "adabatch-digits.yaml"
+    run(RunRequest(config, (f"comm={keys}",), 2, "a:2", run_dir=Path("not-made"), dry_run=True))
+    assert ("fp16 over Horovod's Gloo" in capsys.readouterr().err) == warned
 
 
 # Hosts

@@ -1,21 +1,28 @@
-"""The trainer in one process: exact coverage, exact resume at any update, records, divergence."""
+"""The trainer in one process, its ranks as threads where it takes several: exact coverage, exact
+resume at any update, the same weights on any number of ranks, records, divergence."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from threads import ThreadCommunicator, run_ranks
 from torch import Tensor, nn
 
 from harness.checkpoint import load_state, newest_valid
 from harness.comm import SoloCommunicator
+from harness.comm.base import Communicator
 from harness.config import check_trainable, load_config
+from harness.consistency import Divergence
 from harness.data.augment import Affine
 from harness.data.datasets import ImageData, ImageSplit
 from harness.errors import HarnessError, StoppedEarly, UsageError
@@ -63,10 +70,10 @@ def data(seed: int = 0) -> ImageData:
     return ImageData("tiny", split, test, 4, (1, 8, 8), Affine())
 
 
-def model(seed: int = 0) -> nn.Module:
+def model(seed: int = 0, dropout: float = 0.3) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(),
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(dropout), nn.Flatten(),
         nn.Linear(108, 4),
     )  # fmt: skip
 
@@ -90,8 +97,52 @@ class StopAfter(StopRequest):
 
 
 def go(
-    cfg: Config, directory: Path, stop: StopRequest | None = None, resume: bool = False
+    cfg: Config,
+    directory: Path,
+    stop: StopRequest | None = None,
+    resume: bool = False,
+    watch: Callable[[Trainer], object] = lambda trainer: None,
 ) -> tuple[Trainer, ImageData]:
+    """``watch``: called with the trainer before it runs."""
+    state, position = prepare(directory, resume)
+    content, comm = data(), SoloCommunicator()
+    trainer = build(cfg, directory, content, model(), comm, stop, state, position)
+    torch.manual_seed(np.random.default_rng().integers(2**31))  # a resumed process has another
+    watch(trainer)
+    run(trainer)
+    return trainer, content
+
+
+def go_on_ranks(
+    cfg: Config,
+    directory: Path,
+    ranks: int,
+    stop: int | None = None,
+    resume: bool = False,
+    watch: Callable[[Trainer], object] = lambda trainer: None,
+) -> list[Trainer | HarnessError]:
+    """All ranks' trainers, or how their runs have ended. Without dropout, as the threads share
+    torch's generator."""
+    state, position = prepare(directory, resume)
+    models = [model(dropout=0.0) for _ in range(ranks)]
+    content = data()
+
+    def act(comm: ThreadCommunicator) -> Trainer | HarnessError:
+        request = None if stop is None else StopAfter(stop)
+        net = models[comm.rank]
+        trainer = build(cfg, directory, content, net, comm, request, state, position)
+        watch(trainer)
+        try:
+            run(trainer)
+        except HarnessError as error:
+            return error
+        return trainer
+
+    return run_ranks(ranks, act)
+
+
+def prepare(directory: Path, resume: bool) -> tuple[dict[str, Any] | None, Position]:
+    """The newest checkpoint, and the records cut to what it knows of."""
     directory.mkdir(exist_ok=True)
     run = RunDirectory(directory)
     state, position = None, Position()
@@ -101,47 +152,66 @@ def go(
             state = load_state(found.content, "x")
             position = Position(**state["records"])
     rewind(run, position)
-    journal = Journal(run, True, cfg.train.keep_checkpoints, position)
-    content = data()
-    trainer = Trainer(
-        cfg, content, model(), SoloCommunicator(), journal, Silent(), stop or StopRequest()
-    )
+    return state, position
+
+
+def build(
+    cfg: Config,
+    directory: Path,
+    content: ImageData,
+    net: nn.Module,
+    comm: Communicator,
+    stop: StopRequest | None,
+    state: dict[str, Any] | None,
+    position: Position,
+) -> Trainer:
+    keep = cfg.train.keep_checkpoints
+    journal = Journal(RunDirectory(directory), comm.rank == 0, keep, position)
+    trainer = Trainer(cfg, content, net, comm, journal, Silent(), stop or StopRequest())
     if state is not None:
         trainer.load_state_dict(state)
-    torch.manual_seed(np.random.default_rng().integers(2**31))  # a resumed process has another
+    return trainer
+
+
+def run(trainer: Trainer) -> None:
     try:
         trainer.run()
     finally:
-        journal.close()
-    return trainer, content
+        trainer._journal.close()
 
 
 def comparable(directory: Path) -> list[dict[str, Any]]:
     drop = {"time", "seconds", "images_per_sec"}
     return [
-        {key: value for key, value in json.loads(line).items() if key not in drop}
-        for name in ("metrics.jsonl", "events.jsonl")
-        for line in (directory / name).read_text().splitlines()
-        if '"kind":"stop"' not in line and '"kind":"checkpoint"' not in line
+        {key: value for key, value in line.items() if key not in drop}
+        for name in ("metrics.jsonl", "events.jsonl", "layers.jsonl")
+        for line in read(directory / name)
+        if line.get("kind") not in ("stop", "checkpoint")
     ]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equality to the last bit of nested states."""
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
 
 
 def same_weights(a: Trainer, b: Trainer) -> bool:
+    """And all else that the rest of the run would depend on."""
     ours, theirs = a.state_dict(), b.state_dict()
-    assert ours["update"] == theirs["update"]
-    momenta = [
-        entry["momentum_buffer"]
-        for trainer in (ours, theirs)
-        for entry in trainer["optimizer"]["state"].values()
-    ]
-    half = len(momenta) // 2
-    return all(
-        torch.equal(ours["model"][key], theirs["model"][key]) for key in theirs["model"]
-    ) and all(map(torch.equal, momenta[:half], momenta[half:]))
+    keys = ("update", "model", "optimizer", "reducer", "growth", "noise", "evaluation")
+    return all(same(ours[key], theirs[key]) for key in keys) and same(
+        a._reducer.residuals, b._reducer.residuals
+    )
 
 
 def test_each_epoch_visits_each_sample_exactly_once(tmp_path: Path) -> None:
@@ -251,17 +321,52 @@ def test_what_can_only_be_planned_is_refused_before_it_starts(setting: str, tmp_
         check_trainable(config(tmp_path, setting))
 
 
-def test_lars_goes_on_as_it_was_from_any_update(tmp_path: Path) -> None:
-    optimizer = "{name: lars, weight_decay: 0.001, trust_coefficient: 0.01, momentum: 0.9}"
-    cfg = config(tmp_path, f"optimizer={optimizer}", "lr.base=2", "train.duration=3ep")
+OPTIONS = {
+    "lars": (
+        "optimizer={name: lars, weight_decay: 0.001, trust_coefficient: 0.01, momentum: 0.9, "
+        "clip_grad_norm: 1.0}",
+        "lr.base=2",
+    ),
+    "adamw": (
+        "optimizer={name: adamw, weight_decay: 0.01, options: {betas: [0.8, 0.95], eps: 1.0e-6}}",
+        "lr.base=0.003",
+    ),
+    "lamb": ("optimizer={name: lamb, weight_decay: 0.01}", "lr.base=0.01"),
+    "feedback": ("comm.compression=fp16_feedback", "optimizer.clip_grad_norm=0.5"),
+    "exact": ("comm={compression: none, summation: exact}",),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_any_optimizer_and_codec_goes_on_as_it_was(case: str, tmp_path: Path) -> None:
+    """Stopped, and killed long after the checkpoint: what was recorded since is redone, once."""
+    overrides = ("train.duration=3ep", "train.layers_every=3up", *OPTIONS[case])
+    cfg = config(tmp_path, *overrides)
     undisturbed, _ = go(cfg, tmp_path / "whole")
-    assert isinstance(undisturbed._optimizer, LARS)
-    for update in range(1, undisturbed.clock.updates, 9):
+    if case == "lars":
+        assert isinstance(undisturbed._optimizer, LARS)
+    if case == "feedback":
+        assert any(residual.any() for residual in undisturbed._reducer.residuals)
+    whole = comparable(tmp_path / "whole")
+    last = undisturbed.clock.updates
+    layers = [line["update"] for line in read(tmp_path / "whole" / "layers.jsonl")]
+    assert layers == [1, *range(3, last + 1, 3)]
+    for update in (1, 8, 15, last - 1):
         directory = tmp_path / f"stopped-{update}"
         with pytest.raises(StoppedEarly, match=f"after update {update}:"):
             go(cfg, directory, StopAfter(update))
         resumed, _ = go(cfg, directory, resume=True)
         assert same_weights(resumed, undisturbed), update
+        assert comparable(directory) == whole, update
+    for path in sorted((directory / "checkpoints").glob("*"), reverse=True):
+        if int(re.findall(r"\d+", path.name)[0]) > 10:
+            path.unlink()
+    for name in ("metrics", "layers"):
+        with (directory / f"{name}.jsonl").open("ab") as lines:
+            lines.write(b'{"update": 1234, "half a line')
+    resumed, _ = go(cfg, directory, resume=True)
+    assert same_weights(resumed, undisturbed)
+    assert comparable(directory) == whole
 
 
 @pytest.mark.slow
@@ -327,3 +432,166 @@ def test_augmentation_can_be_switched_off(tmp_path: Path) -> None:
         trainer, _ = go(cfg, tmp_path / augment)
         losses[augment] = replace(trainer._evaluate())
     assert losses["true"] != losses["false"]
+
+
+# What is measured
+
+
+def test_the_noise_scale_is_null_until_there_is_something_to_compare(tmp_path: Path) -> None:
+    """Updates of one micro-batch tell nothing; after the growth they have two."""
+    batch = "{initial: 6, max: 12, micro: 6, growth: {policy: geometric, every: 2ep}}"
+    cfg = config(tmp_path, f"batch={batch}", "train={duration: 6ep, log_every: 1}")
+    go(cfg, tmp_path / "run")
+    lines = read(tmp_path / "run" / "metrics.jsonl")
+    scales = {
+        batch: [line["noise_scale"] for line in lines if line["global_batch"] == batch]
+        for batch in (6, 12)
+    }
+    assert set(scales[6]) == {None}
+    known = [scale for scale in scales[12] if scale is not None]
+    assert all(scale > 0 for scale in known)
+    assert len(known) > len(scales[12]) / 2
+
+
+def test_the_distance_from_the_initial_weights(tmp_path: Path) -> None:
+    cfg = config(tmp_path, "train={duration: 1ep, log_every: 1, checkpoint_every: 5up}")
+    initial = [p.detach().clone() for p in model().parameters()]
+    trainer, _ = go(cfg, tmp_path / "run")
+    distances = [line["distance_from_init"] for line in read(tmp_path / "run" / "metrics.jsonl")]
+    pairs = zip(trainer._model.parameters(), initial, strict=True)
+    moved = sum(float((p - q).detach().double().square().sum()) for p, q in pairs)
+    assert distances[0] > 0
+    assert distances[-1] == pytest.approx(moved**0.5, rel=1e-6)
+
+
+def test_the_distance_is_null_if_the_run_began_from_other_weights(tmp_path: Path) -> None:
+    cfg = config(tmp_path, "train={duration: 1ep, log_every: 1}")
+
+    def forget(trainer: Trainer) -> None:
+        trainer._initial.load_state_dict({"initial": 12345})
+
+    go(cfg, tmp_path / "run", watch=forget)
+    lines = read(tmp_path / "run" / "metrics.jsonl")
+    assert {line["distance_from_init"] for line in lines} == {None}
+
+
+def test_clipping_bounds_the_gradient_that_is_applied_and_records_the_one_that_was(
+    tmp_path: Path,
+) -> None:
+    applied: list[float] = []
+    before: list[Tensor] = []
+
+    def watch(trainer: Trainer) -> None:
+        def note(*_: object) -> None:
+            grads = [p.grad.flatten() for p in trainer._model.parameters() if p.grad is not None]
+            applied.append(float(torch.cat(grads).double().norm()))
+            before.append(torch.cat(grads))
+
+        trainer._optimizer.register_step_pre_hook(note)
+
+    cfg = config(tmp_path, "optimizer.clip_grad_norm=1.5", "train={duration: 2ep, log_every: 1}")
+    go(cfg, tmp_path / "run", watch=watch)
+    norms = [line["grad_norm"] for line in read(tmp_path / "run" / "metrics.jsonl")]
+    assert applied == pytest.approx([min(norm, 1.5) for norm in norms], rel=1e-5)
+    assert min(norms) < 1.5 < max(norms), "a test of clipping needs both"
+    limited, first = before[0] * (norms[0] / applied[0]), len(before)
+    go(config(tmp_path, "train={duration: 1up}"), tmp_path / "free", watch=watch)
+    assert torch.allclose(before[first], limited, rtol=1e-4)
+
+
+# Ranks
+
+
+NORMED = (
+    "train={duration: 50up, checkpoint_every: null, log_every: 10}",
+    "comm={compression: none, bucket_mb: 0.001}",
+)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_fifty_updates_are_the_same_on_any_number_of_ranks(optimizer: str, tmp_path: Path) -> None:
+    """With batch norm, whose statistics are those of micro-batches; 5 samples in micro-batches of 3
+    make two unequal ones, and leave two of four ranks without any."""
+    more = OPTIONS["lars"] if optimizer == "lars" else ()
+    cfg = config(tmp_path, *NORMED, *more)
+    states = {}
+    for ranks in (1, 2, 4):
+        trainers = go_on_ranks(cfg, tmp_path / str(ranks), ranks)
+        assert all(isinstance(trainer, Trainer) for trainer in trainers)
+        models = [t._model.state_dict() for t in trainers if isinstance(t, Trainer)]
+        weights = [{k: v for k, v in m.items() if "running" not in k} for m in models]
+        for other in weights:
+            assert same(other["0.weight"], weights[0]["0.weight"]), "bitwise on all ranks"
+        states[ranks] = weights[0]
+    start = dict(model().named_parameters())
+    for name, parameter in start.items():
+        alone = states[1][name]
+        assert (alone - parameter).norm() > 1e-2, "it should have learnt something"
+        for ranks in (2, 4):
+            assert (states[ranks][name] - alone).norm() < 1e-5 * alone.norm(), (name, ranks)
+    lines = [read(tmp_path / str(ranks) / "metrics.jsonl") for ranks in (1, 2, 4)]
+    for key in ("loss", "grad_norm", "noise_scale"):
+        values = [[line[key] for line in run] for run in lines]
+        assert values[1] == pytest.approx(values[0], rel=1e-3), key
+        assert values[2] == pytest.approx(values[0], rel=1e-3), key
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_with_error_feedback_go_on_as_they_were(ranks: int, tmp_path: Path) -> None:
+    cfg = config(tmp_path, "comm.compression=fp16_feedback", "train.duration=3ep")
+    undisturbed = go_on_ranks(cfg, tmp_path / "whole", ranks)
+    owed = [t._reducer.residuals for t in undisturbed if isinstance(t, Trainer)]
+    assert not any(same(a, b) for a, b in pairwise(owed)), "each rank's own"
+    for update in (1, 9, 20):
+        directory = tmp_path / f"stopped-{update}"
+        ends = go_on_ranks(cfg, directory, ranks, stop=update)
+        assert all(isinstance(end, StoppedEarly) for end in ends)
+        resumed = go_on_ranks(cfg, directory, ranks, resume=True)
+        for ours, theirs in zip(resumed, undisturbed, strict=True):
+            assert isinstance(ours, Trainer)
+            assert isinstance(theirs, Trainer)
+            assert same_weights(ours, theirs), update
+        assert comparable(directory) == comparable(tmp_path / "whole")
+
+
+def test_error_feedback_goes_on_with_other_ranks(tmp_path: Path) -> None:
+    cfg = config(tmp_path, "comm.compression=fp16_feedback", "train.duration=2ep")
+    directory = tmp_path / "run"
+    go_on_ranks(cfg, directory, 3, stop=7)
+    newest = max((directory / "checkpoints").glob("*.pt"))
+    table = torch.load(newest, weights_only=True)["rank_residuals"]
+    found: list[Tensor] = []
+
+    def watch(trainer: Trainer) -> None:
+        found.append(torch.cat(trainer._reducer.residuals).double())
+
+    ends = go_on_ranks(cfg, directory, 2, resume=True, watch=watch)
+    assert all(isinstance(end, Trainer) for end in ends)
+    assert len(table) == 3
+    assert table.any()
+    assert torch.allclose(found[0] + found[1], table.double().sum(0), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("what", ["weights", "momentum"])
+def test_ranks_that_have_come_apart_stop_before_they_save(what: str, tmp_path: Path) -> None:
+    """One bit of one rank's weights, or of its optimizer's state, after update 7."""
+
+    def watch(trainer: Trainer) -> None:
+        if trainer._comm.rank != 2:
+            return
+
+        def spoil(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            if trainer.clock.updates == 7:
+                weight = trainer._model[5].weight  # type: ignore[index]
+                held = optimizer.state[weight]["momentum_buffer"] if what == "momentum" else weight
+                held.data.view(torch.int32)[1, 2] ^= 1
+
+        trainer._optimizer.register_step_post_hook(spoil)
+
+    cfg = config(tmp_path, "train={duration: 2ep, checkpoint_every: 5up, eval_every: null}")
+    ends = go_on_ranks(cfg, tmp_path / "run", 3, watch=watch)
+    assert all(isinstance(end, Divergence) for end in ends), ends
+    assert len(set(map(str, ends))) == 1
+    assert "after update 10 the weights differ between ranks" in str(ends[0])
+    saved = [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.pt")]
+    assert saved == ["update-00000005.pt"]

@@ -99,7 +99,7 @@ class _World:
 
 
 class ThreadCommunicator:
-    """One rank's; ``calls`` and ``bytes`` tell what it has done so far."""
+    """One rank's; ``calls`` and ``sent`` tell what it has done so far."""
 
     kind = "threads"
     device = torch.device("cpu")
@@ -110,8 +110,8 @@ class ThreadCommunicator:
         self.size = self.local_size = world.size
         self.calls: list[str] = []
         """Names of the collectives, in the order of the calls."""
-        self.bytes: dict[str, int] = {}
-        """Size of the last tensor of each name."""
+        self.sent: dict[str, Tensor] = {}
+        """What this rank has put in last, by name."""
 
     @property
     def topology(self) -> Topology:
@@ -140,7 +140,7 @@ class ThreadCommunicator:
     def _join(self, kind: str, tensor: Tensor, name: str) -> _Operation:
         index = len(self.calls)
         self.calls.append(name)
-        self.bytes[name] = tensor.nbytes
+        self.sent[name] = tensor.clone()
         operation = _Operation((kind, name, tuple(tensor.shape), tensor.dtype))
         return self._world.join(self.rank, index, operation, tensor)
 
