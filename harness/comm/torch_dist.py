@@ -88,13 +88,11 @@ class TorchCommunicator:
 def _naming_the_cause(kind: type[RuntimeError]) -> Iterator[None]:
     """An error of a collective that fails because another rank is gone, in plain words.
 
-    Gloo raises plain RuntimeErrors. When an operation begins, one tells of a tensor that cannot be
-    carried; later on, of the connection, but for a failed check of what arrived ("enforce").
+    Gloo raises plain RuntimeErrors: when an operation begins, of a tensor that it cannot carry;
+    while it goes on, of the connection.
     """
     try:
         yield
     except kind as error:
         reason = str(error).partition("\n")[0]
-        if "enforce fail" in reason:
-            raise
         raise PeerLost(f"another rank left in the middle of a collective: {reason}") from None
