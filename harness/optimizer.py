@@ -96,7 +96,7 @@ def _of_torch(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optim
     for name in ("momentum", "nesterov", "weight_decay"):
         if getattr(choice, name):
             options[name] = getattr(settings, name)
-    if _fusible(settings.name, groups):
+    if _fusible(settings.name, groups) and not options.get("dampening"):
         options["fused"] = True
     missing = [name for name in options if name not in signature(made).parameters]
     if missing:
@@ -108,7 +108,24 @@ def _of_torch(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optim
         optimizer: torch.optim.Optimizer = made(groups, lr=config.lr.base, **options)
     except ValueError as error:
         raise ConfigError(f"optimizer.name {settings.name}: {error}") from None
+    if settings.name == "sgd" and options.get("fused"):
+        optimizer.register_step_pre_hook(_fill_momenta)
     return optimizer
+
+
+def _fill_momenta(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Give a parameter whose first gradient comes late the momentum 0 that it has.
+
+    torch's fused kernel for SGD takes all momenta of a group or none. Its own first step sets the
+    momentum to the gradient, as a step from momentum 0 does without dampening.
+    """
+    for group in optimizer.param_groups:
+        met = [parameter for parameter in group["params"] if parameter.grad is not None]
+        held = sum("momentum_buffer" in optimizer.state[parameter] for parameter in met)
+        if group["momentum"] and 0 < held < len(met):
+            for parameter in met:
+                momentum = torch.zeros_like(parameter)
+                optimizer.state[parameter].setdefault("momentum_buffer", momentum)
 
 
 def _options(settings: Settings) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from threads import ThreadCommunicator, run_ranks
+from threads import WITHOUT_EXPLANATION, ThreadCommunicator, run_ranks
 from torch import Tensor, nn
 
 from harness.buffers import (
@@ -116,6 +116,7 @@ def test_a_model_without_buffers_sends_nothing() -> None:
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 
 
+@settings(phases=WITHOUT_EXPLANATION)
 @given(sizes, sizes, st.integers(1, 5), st.integers(1, 5), st.integers(0, 99))
 def test_what_is_owed_is_kept_whatever_the_ranks_and_the_buckets(
     before: list[int], after: list[int], old: int, new: int, seed: int

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from threads import ThreadCommunicator, run_ranks
+from threads import WITHOUT_EXPLANATION, ThreadCommunicator, run_ranks
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -210,7 +210,7 @@ def freeze_late(model: nn.Module) -> None:
         model.late.requires_grad_(False)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, phases=WITHOUT_EXPLANATION)
 @pytest.mark.parametrize("codec", ["none", "exact", "fp16", "fp16_feedback"])
 @given(
     shape=shapes,
@@ -291,7 +291,7 @@ def piece_norm2(model: nn.Module, part: Samples, of: int) -> float:
     return sum(float(g.square().sum()) for g in gradients.values() if g is not None)
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, phases=WITHOUT_EXPLANATION)
 @given(shape=shapes, cut=cuts(), seed=st.integers(0, 2**20))
 def test_exact_sums_are_the_same_bits_however_the_batch_is_dealt(
     shape: Shape, cut: Cut, seed: int

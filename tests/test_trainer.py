@@ -121,11 +121,12 @@ def go_on_ranks(
     stop: int | None = None,
     resume: bool = False,
     watch: Callable[[Trainer], object] = lambda trainer: None,
+    net: Callable[[], nn.Module] = lambda: model(dropout=0.0),
 ) -> list[Trainer | HarnessError]:
     """All ranks' trainers, or how their runs have ended. Without dropout, as the threads share
     torch's generator."""
     state, position = prepare(directory, resume)
-    models = [model(dropout=0.0) for _ in range(ranks)]
+    models = [net() for _ in range(ranks)]
     content = data()
 
     def act(comm: ThreadCommunicator) -> Trainer | HarnessError:
@@ -362,15 +363,16 @@ def test_any_optimizer_and_codec_goes_on_as_it_was(case: str, tmp_path: Path) ->
         resumed, _ = go(cfg, directory, resume=True)
         assert same_weights(resumed, undisturbed), update
         assert comparable(directory) == whole, update
-    for path in sorted((directory / "checkpoints").glob("*"), reverse=True):
-        if int(re.findall(r"\d+", path.name)[0]) > 10:
-            path.unlink()
-    for name in ("metrics", "layers"):
-        with (directory / f"{name}.jsonl").open("ab") as lines:
-            lines.write(b'{"update": 1234, "half a line')
-    resumed, _ = go(cfg, directory, resume=True)
-    assert same_weights(resumed, undisturbed)
-    assert comparable(directory) == whole
+    for kept in (10, 20):  # the second time from a checkpoint of the run that went on
+        for path in (directory / "checkpoints").iterdir():
+            if int(re.findall(r"\d+", path.name)[0]) > kept:
+                path.unlink()
+        for name in ("metrics", "layers"):
+            with (directory / f"{name}.jsonl").open("ab") as lines:
+                lines.write(b'{"update": 1234, "half a line')
+        resumed, _ = go(cfg, directory, resume=True)
+        assert same_weights(resumed, undisturbed)
+        assert comparable(directory) == whole
 
 
 @pytest.mark.slow
@@ -516,7 +518,8 @@ NORMED = (
 def test_fifty_updates_are_the_same_on_any_number_of_ranks(optimizer: str, tmp_path: Path) -> None:
     """With batch norm, whose statistics are those of micro-batches; 5 samples in micro-batches of 3
     make two unequal ones, and leave two of four ranks without any."""
-    more = OPTIONS["lars"] if optimizer == "lars" else ()
+    lars = "optimizer={name: lars, trust_coefficient: 0.1}", "lr.base=0.1"
+    more = lars if optimizer == "lars" else ()
     cfg = config(tmp_path, *NORMED, *more)
     states = {}
     for ranks in (1, 2, 4):
@@ -539,6 +542,50 @@ def test_fifty_updates_are_the_same_on_any_number_of_ranks(optimizer: str, tmp_p
         for other in values[1:]:
             for ours, theirs in zip(other, values[0], strict=True):
                 assert ours == theirs or ours == pytest.approx(theirs, rel=1e-3), key
+
+
+class Rare(nn.Module):
+    """A layer that only some images reach, and one that none does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 8), nn.Linear(8, 4)
+        self.rare, self.never = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.reached: list[bool] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(images.flatten(1)))
+        reach = images[:, 0, 3, 3] > 1.5  # one image in a dozen
+        if self.training:
+            self.reached.append(bool(reach.any()))
+        if reach.any():
+            hidden = hidden + reach[:, None] * torch.tanh(self.rare(hidden))
+        logits: Tensor = self.last(hidden)
+        return logits
+
+
+def rare() -> nn.Module:
+    torch.manual_seed(0)
+    return Rare()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+def test_a_layer_that_is_reached_now_and_then(optimizer: str, tmp_path: Path) -> None:
+    chosen = () if optimizer == "sgd" else OPTIONS[optimizer]
+    cfg = config(tmp_path, *NORMED, *chosen, "data.augment=false", "lr.base=0.03")
+    found = {}
+    for ranks in (1, 2):
+        ends = go_on_ranks(cfg, tmp_path / str(ranks), ranks, net=rare)
+        models: list[Any] = [end._model for end in ends if isinstance(end, Trainer)]
+        assert len(models) == ranks
+        assert not any(m.reached[0] for m in models), "neither in the first update"
+        assert all(any(m.reached) for m in models), "nor never"
+        found[ranks] = models[0].state_dict()
+        assert all(same(m.state_dict(), found[ranks]) for m in models)
+    for name, alone in found[1].items():
+        assert (found[2][name] - alone).norm() <= 1e-5 * alone.norm(), name
+    assert same(found[2]["never.weight"], rare().state_dict()["never.weight"])
+    assert not same(found[2]["rare.weight"], rare().state_dict()["rare.weight"])
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

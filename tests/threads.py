@@ -14,11 +14,15 @@ from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 
 import torch
+from hypothesis import Phase
 from torch import Tensor
 
 from harness.comm.topology import Topology, gather_topology
 
 T = TypeVar("T")
+
+WITHOUT_EXPLANATION = tuple(phase for phase in Phase if phase is not Phase.explain)
+"""Hypothesis explains a failure by tracing each line, which threads make very slow."""
 
 
 class Mismatch(AssertionError):  # noqa: N818 - a failed test, not an error of the harness

@@ -74,8 +74,8 @@ def drifting(num_classes):
 
 SGD = ("optimizer={name: sgd, momentum: 0.9, weight_decay: 1.0e-4}", "lr={base: 0.05}")
 LARS = (
-    "optimizer={name: lars, momentum: 0.9, weight_decay: 1.0e-4, trust_coefficient: 0.01}",
-    "lr={base: 2}",
+    "optimizer={name: lars, momentum: 0.9, weight_decay: 1.0e-4, trust_coefficient: 0.1}",
+    "lr={base: 0.1}",
 )
 FIXED = ("batch.growth.policy=fixed", "lr.warmup=null", "lr.on_growth=1")
 FLOAT = ("comm={compression: none, bucket_mb: 0.002}",)
@@ -83,7 +83,7 @@ FLOAT = ("comm={compression: none, bucket_mb: 0.002}",)
 
 def run(directory: Path, ranks: int, *overrides: str, resume: bool = False) -> Any:
     """A run of models that lie beside its directory."""
-    (directory.parent / "mine.py").write_text(MODELS.replace("INK", "0.4"))
+    (directory.parent / "mine.py").write_text(MODELS.replace("INK", "0.17"))
     arguments = run_arguments(directory, ranks, *overrides, resume=resume)
     return harness(*arguments, cwd=directory.parent)
 
