@@ -121,7 +121,7 @@ def _fill_momenta(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """
     for group in optimizer.param_groups:
         met = [parameter for parameter in group["params"] if parameter.grad is not None]
-        held = sum("momentum_buffer" in optimizer.state[parameter] for parameter in met)
+        held = sum("momentum_buffer" in optimizer.state.get(p, {}) for p in met)
         if group["momentum"] and 0 < held < len(met):
             for parameter in met:
                 momentum = torch.zeros_like(parameter)

@@ -320,8 +320,8 @@ def test_fused_kernels_are_not_given_what_they_would_misread() -> None:
 @pytest.mark.parametrize("name", ["adam", "adamw", "adagrad", "sgd"])
 def test_fused_steps_are_those_of_the_plain_loop(name: str) -> None:
     ours, theirs = net(), net()
-    config = made({"name": name, "weight_decay": 0.1, "options": EXAMPLES[name]})
-    optimizer = build_optimizer(ours, config)
+    options = {key: value for key, value in EXAMPLES[name].items() if key != "dampening"}
+    optimizer = build_optimizer(ours, made({"name": name, "weight_decay": 0.1, "options": options}))
     assert optimizer.param_groups[0]["fused"]
     group = dict(optimizer.param_groups[0], fused=None, foreach=False)
     known = inspect.signature(type(optimizer)).parameters
@@ -332,6 +332,12 @@ def test_fused_steps_are_those_of_the_plain_loop(name: str) -> None:
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     assert not equal(ours, net())
+
+
+def test_dampening_is_left_to_the_plain_loop() -> None:
+    """The fused kernel's first step from momentum 0 would be dampened, torch's own is not."""
+    optimizer = build_optimizer(net(), made({"name": "sgd", "options": {"dampening": 0.1}}))
+    assert not optimizer.param_groups[0]["fused"]
 
 
 # ----------------------------------------------------------------------------------- skip lists
