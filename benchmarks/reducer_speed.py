@@ -9,7 +9,7 @@ the median over rounds of images/s, and of each round's ratio ours / peer.
 
 Contenders: ``ours`` (as `harness run` starts it); ``hvd``: a plain loop with
 hvd.DistributedOptimizer, started by horovodrun as its users do; ``hvd+``: the same with the
-environment that `harness run` sets; ``ddp``: torch's DistributedDataParallel over Gloo with
+environment that `harness run` sets; ``hvd++``: with its allocator settings too; ``ddp``: torch's DistributedDataParallel over Gloo with
 fp16_compress_hook; ``ddp32``: the same without compression; ``apart``: two ranks that train without
 talking to each other, with a plain loop, which nobody can beat by better communication alone.
 """
@@ -36,7 +36,7 @@ MODELS = {  # name: (batch of a rank, (C, H, W), classes, updates of a block)
     "resnet50": (4, (3, 32, 32), 1000, 4),
     "alexnet": (8, (3, 64, 64), 1000, 4),
 }
-CONTENDERS = ("ours", "hvd", "hvd+", "ddp")
+CONTENDERS = ("ours", "hvd", "hvd+", "hvd++", "ddp")
 SETTINGS = {
     "OMPI_MCA_mpi_yield_when_idle": "1",
     "HOROVOD_FUSION_THRESHOLD": "0",
@@ -88,7 +88,7 @@ def _start(name: str, model: str, options: argparse.Namespace) -> float:
         command += ["--out", str(out)]
         variables = {k: v for k, v in os.environ.items() if not k.startswith(("HOROVOD_", "OMPI_"))}
         variables["OMP_NUM_THREADS"] = "1"
-        if name in ("ours", "hvd+", "apart"):
+        if name in ("ours", "hvd+", "hvd++", "apart"):
             variables |= SETTINGS
         if name.startswith("ddp"):
             started = ["torchrun", "--nproc-per-node=2", f"--master-port={PORT}", "--no-python"]
@@ -121,6 +121,10 @@ def _rank(options: argparse.Namespace) -> None:
 
         return update
 
+    if options.rank in ("ours", "hvd++"):
+        from harness.memory import keep_freed_memory
+
+        keep_freed_memory()
     if options.rank == "ours":
         from harness.comm import open_communicator
         from harness.optimizer import build_optimizer
