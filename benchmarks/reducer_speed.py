@@ -9,9 +9,10 @@ the median over rounds of images/s, and of each round's ratio ours / peer.
 
 Contenders: ``ours`` (as `harness run` starts it); ``hvd``: a plain loop with
 hvd.DistributedOptimizer, started by horovodrun as its users do; ``hvd+``: the same with the
-environment that `harness run` sets; ``hvd++``: with its allocator settings too; ``ddp``: torch's DistributedDataParallel over Gloo with
-fp16_compress_hook; ``ddp32``: the same without compression; ``apart``: two ranks that train without
-talking to each other, with a plain loop, which nobody can beat by better communication alone.
+environment that `harness run` sets; ``hvd++``: with its allocator settings too; ``ddp``: torch's
+DistributedDataParallel over Gloo with fp16_compress_hook; ``ddp32``: the same without compression;
+``apart``: two ranks that train without talking to each other, with a plain loop, which nobody can
+beat by better communication alone.
 """
 
 from __future__ import annotations
