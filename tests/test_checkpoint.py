@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from harness.checkpoint import (
+    FORMAT,
     checkpoint_name,
     load_state,
     newest_valid,
@@ -143,17 +144,19 @@ class Evil:
 
 def test_what_a_file_holds_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"format": 1, "model": Evil()}, tmp_path / "evil.pt")
+    torch.save({"format": FORMAT, "model": Evil()}, tmp_path / "evil.pt")
     for content in (pickle.dumps(Evil(), protocol=2), (tmp_path / "evil.pt").read_bytes()):
         with pytest.raises(CheckpointError, match="not a checkpoint"):
             load_state(content, "evil.pt")
     assert not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize("found", [2, None, "1"])
+@pytest.mark.parametrize("found", [1, 3, None, "2"])
 def test_another_format_is_refused_by_name(found: object, tmp_path: Path) -> None:
     torch.save({"format": found, "model": {}}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match=f"written in format {found}, .* reads format 1"):
+    with pytest.raises(
+        CheckpointError, match=f"written in format {found}, .* reads format {FORMAT}"
+    ):
         load_state((tmp_path / "x.pt").read_bytes(), "x.pt")
 
 
