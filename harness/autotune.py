@@ -18,6 +18,7 @@ from torch import nn
 
 from harness.comm.base import Communicator, allreduce
 from harness.compression import Compression
+from harness.errors import ConfigError
 from harness.reducer import GradientReducer
 from harness.schema import Comm
 
@@ -85,13 +86,14 @@ def tune(
     return Tuned(best.bucket_mb, best.compression, comm.size, trials)
 
 
-def slower_than_none(settings: Comm, comm: Communicator) -> float | None:
-    """How many times as long a bucket takes with the configured compression as with none, if that
-    is clearly longer; else None. A collective call; equal on all ranks."""
+def slower_than_none(settings: Comm, model: nn.Module, comm: Communicator) -> float | None:
+    """How many times as long one of the model's buckets takes with the configured compression as
+    with none, if that is clearly longer; else None. A collective call; equal on all ranks."""
     if settings.compression == "none" or comm.size == 1:
         return None
     device = comm.device
-    bucket = torch.zeros(int(settings.bucket_mb * 2**20) // 4, device=device)
+    elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    bucket = torch.zeros(min(elements, int(settings.bucket_mb * 2**20) // 4), device=device)
 
     def plain() -> None:
         allreduce(comm, bucket, "check")
@@ -123,7 +125,13 @@ class _Update:
         comm: Communicator,
         settings: Comm,
     ) -> None:
-        self._model = copy.deepcopy(model).train()
+        try:
+            self._model = copy.deepcopy(model).train()
+        except Exception as error:
+            raise ConfigError(
+                f"comm.autotune = true measures with a copy of the model, which cannot be copied "
+                f"({type(error).__name__}: {error}); set comm.autotune to false"
+            ) from error
         self._device = next(self._model.parameters()).device
         self._comm, self._settings = comm, settings
         noise = torch.Generator().manual_seed(0)

@@ -18,11 +18,11 @@ from harness.comm.base import Communicator, allreduce
 
 
 def gather_buffers(model: nn.Module, comm: Communicator) -> Tensor | None:
-    """All ranks' buffers, float64 (ranks, elements), on every rank; None if there are none.
+    """All ranks' buffers as float64 (ranks, numbers), on every rank; None if there are none.
 
-    Float64 holds every float32 and every integer up to 2^53 exactly. A collective call.
+    Exact for every type. A collective call.
     """
-    flat = [buffer.detach().cpu().double().reshape(-1) for buffer in model.buffers()]
+    flat = [_numbers(buffer) for buffer in model.buffers()]
     if not flat or not sum(map(len, flat)):
         return None
     mine = torch.cat(flat)
@@ -33,7 +33,8 @@ def gather_buffers(model: nn.Module, comm: Communicator) -> Tensor | None:
 
 @contextmanager
 def averaged_buffers(model: nn.Module, table: Tensor | None) -> Iterator[None]:
-    """Inside, the model's floating-point buffers are the mean over ranks; others are rank 0's."""
+    """Inside, the model's floating-point buffers, complex ones too, are the mean over ranks; others
+    are rank 0's."""
     if table is None or len(table) == 1:
         yield
         return
@@ -56,10 +57,36 @@ def restore_buffers(model: nn.Module, table: Tensor | None, comm: Communicator) 
 
 def _fill(model: nn.Module, row: Tensor, integers: bool) -> None:
     buffers = list(model.buffers())
-    pieces = torch.split(row, [buffer.numel() for buffer in buffers])
+    pieces = torch.split(row, [_count(buffer) for buffer in buffers])
     for buffer, piece in zip(buffers, pieces, strict=True):
-        if buffer.is_floating_point() != integers:
+        if _is_integer(buffer) != integers:
+            continue
+        if buffer.is_complex():
+            real, imaginary = piece.view(*buffer.shape, 2).unbind(-1)
+            buffer.copy_(torch.complex(real, imaginary))
+        elif buffer.dtype == torch.int64:
+            high, low = piece.to(torch.int64).view(2, -1)
+            buffer.copy_(((high << 32) | low).view_as(buffer))
+        else:
             buffer.copy_(piece.view_as(buffer))
+
+
+def _numbers(buffer: Tensor) -> Tensor:
+    """The elements as float64 on the CPU: `_count` of them, from which `_fill` makes them again."""
+    values = buffer.detach().cpu().reshape(-1)
+    if values.is_complex():
+        return torch.view_as_real(values.to(torch.complex128)).reshape(-1)
+    if values.dtype == torch.int64:  # float64 holds those up to 2^53 only
+        return torch.cat([values >> 32, values & 0xFFFFFFFF]).double()
+    return values.double()
+
+
+def _count(buffer: Tensor) -> int:
+    return buffer.numel() * (2 if buffer.is_complex() or buffer.dtype == torch.int64 else 1)
+
+
+def _is_integer(buffer: Tensor) -> bool:
+    return not (buffer.is_floating_point() or buffer.is_complex())
 
 
 def gather_residuals(residuals: Sequence[Tensor], comm: Communicator) -> Tensor | None:

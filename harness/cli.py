@@ -96,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
     report.add_argument("-o", "--out", type=Path, metavar="DIR", help="default: RUN_DIR/report")
     report.set_defaults(run=_report)
+
+    doctor = commands.add_parser(
+        "doctor", help="what this machine can run, and what to do about the rest"
+    )
+    doctor.add_argument("--data", type=Path, metavar="DIR", help="look for data sets' files there")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -113,7 +119,7 @@ def _plan(options: argparse.Namespace) -> int:
     from harness.schedule.plan import build_plan
 
     config = load_config(options.config, options.overrides)
-    plan = build_plan(config, train_size(config.data.dataset, config.data.root))
+    plan = build_plan(config, train_size(config.data))
     costs = None
     if options.throughput is not None:
         from harness.schedule.costs import measured_otherwise, price, read_throughput
@@ -162,6 +168,13 @@ def _report(options: argparse.Namespace) -> int:
     from harness.report import build_report
 
     print(build_report(options.run_dirs, options.out))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from harness.doctor import doctor
+
+    print(doctor(options.data))
     return 0
 
 

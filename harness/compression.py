@@ -13,7 +13,7 @@ some hundred updates later, two runs have nothing in common.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class Codec:
             torch._foreach_copy_([views[place] for place in places], gradients)
 
     def pack(self, gradients: list[Tensor], places: list[int], held: bool) -> Tensor:
-        """What to sum over ranks. May use up the gradients."""
+        """What to sum over ranks. The gradients are not altered."""
         self.hold(gradients, places, held)
         return self.bucket.flat
 
@@ -71,14 +71,23 @@ class Codec:
         """Bring the sum into ``bucket.flat``; returns the bytes that this rank has handed over."""
         return self.bucket.flat.nbytes
 
-    def learn(self, norm: float, finite: bool) -> None:
-        """Take notice of the reduced bucket's norm, and of whether the update was finite."""
+    def give_up(self) -> None:
+        """What was packed last is thrown away."""
+
+    def learn(self, norm: float, finite: bool, loss_scaled: bool = False) -> None:
+        """Take notice of the reduced bucket's norm, of whether the update was finite, and of
+        whether it may be the scaling of the loss that it was not."""
 
 
 def build_codec(
     bucket: Bucket, compression: Compression, summation: Literal["float", "exact"]
 ) -> Codec:
-    """Raises ValueError for compression with exact summation."""
+    """Raises ValueError for names that are not known, and for compression with exact summation."""
+    if compression not in get_args(Compression):
+        known = ", ".join(get_args(Compression))
+        raise ValueError(f"compression must be one of {known}, not {compression!r}")
+    if summation not in ("float", "exact"):
+        raise ValueError(f"summation must be float or exact, not {summation!r}")
     if summation == "exact":
         if compression != "none":
             raise ValueError("exact summation cannot be compressed")
@@ -115,9 +124,9 @@ class Half(Codec):
         scale = 2.0 ** (self.exponent or 0)
         whole = not held and len(places) == len(self._wire_views)
         if whole and self.exponent is not None and self.residual is None:
-            # The gradients are used up, which saves a pass over a copy in float32.
-            torch._foreach_mul_(gradients, scale)
-            torch._foreach_copy_(self._wire_views, gradients)
+            # Not in place: autograd may hand over one piece of memory as the gradients of several
+            # parameters, and go on with it in other layers.
+            torch._foreach_copy_(self._wire_views, torch._foreach_mul(gradients, scale))
             return self._wire
         self.hold(gradients, places, held)
         flat = wire = self.bucket.flat
@@ -147,10 +156,18 @@ class Half(Codec):
         self.bucket.flat.copy_(self._wire).mul_(2.0**-self._sent)
         return self._wire.nbytes
 
-    def learn(self, norm: float, finite: bool) -> None:
+    def give_up(self) -> None:
+        if self.residual is not None:
+            self.residual.zero_()  # of what it holds some has been sent, and lost
+
+    def learn(self, norm: float, finite: bool, loss_scaled: bool = False) -> None:
         if not finite and self.residual is not None:
             self.residual.zero_()  # an inf in it would come back for ever
-        if not math.isfinite(norm):
+        if not math.isfinite(norm) and loss_scaled:
+            # Which of the two has overflowed is not known. Were it lowered each time that a loss
+            # scale is found to be too large, nothing would be left of the gradients after some.
+            self.exponent = None
+        elif not math.isfinite(norm):
             if self.exponent is not None:
                 self.exponent = max(self.exponent - _BACK_OFF, -_EXPONENT_RANGE)
         elif finite and norm > 0:

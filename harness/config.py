@@ -11,7 +11,6 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from harness.data_sizes import check_loadable
 from harness.errors import ConfigError
 from harness.schema import Config
 from harness.yamlfile import (
@@ -40,11 +39,6 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate(document.data)
     except ValidationError as error:
         raise ConfigError(_explain(error, document, path)) from None
-
-
-def check_trainable(config: Config) -> None:
-    """Raise DataError for what can be planned but not, in this version, trained."""
-    check_loadable(config.data.dataset)
 
 
 def dump_config(config: Config) -> str:

@@ -95,7 +95,8 @@ def _numbers(model: nn.Module, optimizer: Optimizer | None) -> tuple[list[str], 
 
 
 def _digest(tensor: Tensor, weights: Tensor) -> Tensor:
-    bits = tensor.detach().contiguous().reshape(-1).view(_INTEGERS[tensor.element_size()])
+    plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    bits = plain.detach().contiguous().reshape(-1).view(_INTEGERS[plain.element_size()])
     chunks = torch.split(bits, len(weights))
     sums = torch.stack([(chunk.long() * weights[: len(chunk)]).sum() for chunk in chunks])
     shift = pow(_MULTIPLIER, len(weights), 1 << 64)

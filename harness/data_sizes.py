@@ -13,67 +13,92 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
+from harness.dataset_table import DATASETS, DEFAULT_SIZES
 from harness.errors import DataError
-
-TRAIN_SIZES = {
-    "digits": 1437,
-    "mnist": 60_000,
-    "fashion-mnist": 60_000,
-    "cifar10": 50_000,
-    "cifar100": 50_000,
-    "imagenet": 1_281_167,
-}
-"""Published (or, for digits, our own) number of training samples of each data set by name."""
-
-LOADABLE = ("digits", "mnist")
-"""Those that this version can train on; the others can be planned."""
+from harness.schema import Data
 
 ByteStream = BufferedReader | gzip.GzipFile
 FRESH_COPY = "replace it with a fresh copy"
+IDX_PARTS = {"train-images": 3, "train-labels": 1, "t10k-images": 3, "t10k-labels": 1}
+"""What MNIST's file names begin with, and each one's number of dimensions."""
+IDX_FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
+"""The folders that torchvision makes."""
+CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+CIFAR_TRAIN = {
+    "cifar10": tuple(f"data_batch_{number}" for number in range(1, 6)),
+    "cifar100": ("train",),
+}
+CIFAR_TEST = {"cifar10": "test_batch", "cifar100": "test"}
 _MAGIC = 0x0800  # third byte 0x08: unsigned bytes; the fourth is the number of dimensions
 
 
-def train_size(name: str, root: str | None) -> int:
+def train_size(data: Data) -> int:
     """Training samples of a data set: what its files say if they are there, else what is published.
 
-    Only the first bytes of one file are read. Raises DataError for an unknown name or a file that
-    is not IDX.
+    Of MNIST the first bytes of one file are read; a folder's images are counted. Raises DataError
+    for files that are not what they should be, or if there is no way to tell.
     """
-    check_name(name)
-    if name == "mnist" and root is not None:
+    dataset = DATASETS[data.dataset]
+    if dataset.kind == "generated":
+        return data.size or DEFAULT_SIZES[data.dataset]
+    if data.root is not None and data.dataset in ("mnist", "fashion-mnist"):
         for part, dimensions in (("train-images", 3), ("train-labels", 1)):
-            path = find_idx(Path(root), part, dimensions)
+            path = find_idx(Path(data.root), part, dimensions, data.dataset)
             if path is not None:
                 with open_idx(path) as stream:
                     return read_header(stream, path, dimensions)[0]
-    return TRAIN_SIZES[name]
+    if dataset.train_size is not None:
+        return dataset.train_size
+    # Imported only here: what they use takes a plan of another data set too long to import.
+    if data.dataset == "webdataset":
+        from harness.shard_listing import count_samples
+
+        return data.size if data.size is not None else count_samples(data)
+    from harness.data_listing import count_images
+
+    return count_images(data)
 
 
-def check_name(name: str) -> None:
-    """Raises DataError, with the valid names, if no data set is called ``name``."""
-    if name not in TRAIN_SIZES:
-        raise DataError(f"unknown data set {name!r}; valid: {', '.join(sorted(TRAIN_SIZES))}")
+def find_idx(root: Path, part: str, dimensions: int, dataset: str = "mnist") -> Path | None:
+    """The file of ``part`` (such as ``train-images``) in root, root/raw or root/MNIST/raw.
 
-
-def check_loadable(name: str) -> None:
-    """Raises DataError if no data set is called ``name``, or this version cannot load it."""
-    check_name(name)
-    if name not in LOADABLE:
-        raise DataError(
-            f"data.dataset = {name} can be planned, but this version cannot train on it; it can on "
-            f"{', '.join(LOADABLE)}"
-        )
-
-
-def find_idx(root: Path, part: str, dimensions: int) -> Path | None:
-    """The file of ``part`` (such as ``train-images``) in root, root/raw or root/MNIST/raw."""
-    for folder in (root, root / "raw", root / "MNIST" / "raw"):
+    fashion-mnist has the same file names, and FashionMNIST for MNIST; neither is read from a folder
+    that has the other's name.
+    """
+    own = IDX_FOLDERS[dataset]
+    for folder in (root, root / "raw", root / own / "raw"):
+        named = Path(os.path.abspath(folder))
+        name = named.parent.name if named.name == "raw" else named.name
+        if name != own and name in IDX_FOLDERS.values():
+            continue
         for joint in "-.":
             for suffix in ("", ".gz"):
                 path = folder / f"{part}{joint}idx{dimensions}-ubyte{suffix}"
                 if os.path.isfile(path):  # Path.is_file raises where a folder may not be searched
                     return path
     return None
+
+
+def find_cifar(root: Path, dataset: str, name: str) -> Path | None:
+    """The file ``name`` of cifar10 or cifar100 in root or in the folder that its archive makes."""
+    for folder in (root, root / CIFAR_FOLDERS[dataset]):
+        if os.path.isfile(folder / name):
+            return folder / name
+    return None
+
+
+def find_parts(root: Path, dataset: str) -> tuple[dict[str, Path], list[str]]:
+    """Of a data set that has a fixed list of files: where each part lies, and the names of those
+    that are missing."""
+    if dataset in IDX_FOLDERS:
+        names = {part: f"{part}-idx{dims}-ubyte" for part, dims in IDX_PARTS.items()}
+        found = {part: find_idx(root, part, dims, dataset) for part, dims in IDX_PARTS.items()}
+    else:
+        parts = (*CIFAR_TRAIN[dataset], CIFAR_TEST[dataset])
+        names = {part: part for part in parts}
+        found = {part: find_cifar(root, dataset, part) for part in parts}
+    missing = [names[part] for part, path in found.items() if path is None]
+    return {part: path for part, path in found.items() if path is not None}, missing
 
 
 @contextmanager

@@ -1,53 +1,81 @@
-"""Loss and accuracy on a data set's test split, exact over all ranks."""
+"""Loss and accuracy on a data set's split, exact over all ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from harness.comm.base import Communicator, allreduce
-from harness.data.datasets import ImageSplit
+from harness.data.datasets import Split
+from harness.data.feed import batches
+from harness.errors import DataError
 
 I64 = npt.NDArray[np.int64]
 
-_BATCH = 250
+_VALUES = 250 * 3 * 64 * 64
+"""Most values in the images of one batch: large images need no more memory than small ones."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
     loss: float
+    """Mean cross-entropy, without label smoothing."""
     accuracy: float
+    """Share of the samples whose label has the highest logit (top-1)."""
+    accuracy_top5: float
+    """Share whose label is among the five highest logits; 1 with five classes or fewer."""
     samples: int
+    """How many were counted."""
+    corrupt: int = 0
+    """How many more could not be read."""
 
 
 def evaluate(
-    model: nn.Module, split: ImageSplit, comm: Communicator, samples: I64 | None = None
+    model: nn.Module,
+    split: Split,
+    comm: Communicator,
+    samples: I64 | None = None,
+    shape: tuple[int, int, int] = (1, 28, 28),
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Evaluation:
-    """Mean cross-entropy and top-1 accuracy over the split, or over some of its samples (m,).
+    """Measure over the split, or over some of its samples (m,); ``shape`` is one image's.
 
-    Each rank takes an equal share, give or take one sample; sums travel in float64, so no sample is
-    dropped or counted twice. The model is left in training mode.
+    Each rank takes an equal share, give or take one sample; counts and sums travel in float64, so
+    no sample is dropped or counted twice. The model is left in training mode. Raises DataError if
+    no sample can be read.
     """
     model.eval()
     chosen = np.arange(len(split), dtype=np.int64) if samples is None else samples
     bounds = [len(chosen) * i // comm.size for i in range(comm.size + 1)]
     mine = chosen[bounds[comm.rank] : bounds[comm.rank + 1]]
-    found = torch.zeros(3, dtype=torch.float64, device=comm.device)
+    size = max(1, min(250, _VALUES // prod(shape)))
+    found = torch.zeros(5, dtype=torch.float64, device=comm.device)
     with torch.inference_mode():
-        for start in range(0, len(mine), _BATCH):
-            images, labels = split.batch(mine[start : start + _BATCH])
-            images, labels = images.to(comm.device), labels.to(comm.device)
-            logits = model(images)
-            losses = functional.cross_entropy(logits, labels, reduction="none")
-            correct = (logits.argmax(dim=1) == labels).sum()
-            found[0] += losses.double().sum()
-            found[1] += correct
-            found[2] += len(labels)
+        for batch in batches(split, mine, size, comm.device):
+            found[4] += len(batch.corrupt)
+            if len(batch.labels):
+                with autocast():
+                    logits = model(batch.images)
+                found[:4] += _sums(logits.float(), batch.labels)
     model.train()
-    loss, correct_count, total = allreduce(comm, found.cpu(), "evaluation").tolist()
-    return Evaluation(loss / total, correct_count / total, int(total))
+    loss, top1, top5, total, corrupt = allreduce(comm, found.cpu(), "evaluation").tolist()
+    if not total:
+        raise DataError(f"none of {int(corrupt)} samples to evaluate on could be read")
+    return Evaluation(loss / total, top1 / total, top5 / total, int(total), int(corrupt))
+
+
+def _sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """(cross-entropy, right at first, right among five, samples) of logits (m, classes)."""
+    losses = functional.cross_entropy(logits, labels, reduction="none")
+    first = logits.argmax(dim=1) == labels
+    among = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).any(dim=1) | first
+    sums = (losses.double().sum(), first.sum(), among.sum(), torch.tensor(len(labels)))
+    return torch.stack([value.to(logits.device, torch.float64) for value in sums])

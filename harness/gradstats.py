@@ -25,7 +25,10 @@ class DistanceFromInit:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._initial = torch.cat([p.detach().reshape(-1) for p in _trainable(model)]).cpu()
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._names = list(trainable)
+        """Of those that were trainable then: what is frozen later stays in the distance."""
+        self._initial = torch.cat([p.detach().reshape(-1) for p in trainable.values()]).cpu()
         self._known = True
 
     @torch.no_grad()
@@ -33,7 +36,8 @@ class DistanceFromInit:
         """The distance now; None if w0 is not known. One pass over the weights, one transfer."""
         if not self._known:
             return None
-        weights = [p.detach().reshape(-1) for p in _trainable(model)]
+        parameters = dict(model.named_parameters())
+        weights = [parameters[name].detach().reshape(-1) for name in self._names]
         sizes = [len(weight) for weight in weights]
         if weights[0].device.type != "cpu":
             weights = list(torch.split(torch.cat(weights).cpu(), sizes))
@@ -87,10 +91,6 @@ def clip_factor(norm: float, limit: float) -> float:
     if not (0 <= norm < math.inf and limit > 0):
         raise ValueError(f"a norm of {norm} cannot be clipped to {limit}")
     return 1.0 if norm <= limit else limit / norm
-
-
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _norms(parameters: Sequence[nn.Parameter]) -> list[tuple[float, float | None]]:

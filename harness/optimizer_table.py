@@ -57,9 +57,10 @@ def _pair(value: Any, first: Callable[[Any], bool], second: Callable[[Any], bool
 
 
 _FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-_NUMBER = Kind("a number", _number)
 _FRACTION = Kind("a number of at least 0 and less than 1", _fraction)
 _AT_LEAST_0 = Kind("a number of at least 0", lambda value: _number(value) and value >= 0)
+_AT_LEAST_1 = Kind("a number of at least 1", lambda value: _number(value) and value >= 1)
+_SHARE = Kind("a number from 0 to 1", lambda value: _number(value) and 0 <= value <= 1)
 _MORE_THAN_0 = Kind("a number more than 0", _positive)
 _AT_MOST_0 = Kind("a number of at most 0", lambda value: _number(value) and value <= 0)
 _GUARD = Kind("a number of at least 1e-30", lambda value: _number(value) and value >= 1e-30)
@@ -96,7 +97,7 @@ OPTIMIZERS: Mapping[str, Choice] = {
     ),
     "adadelta": Choice("Adadelta", {"rho": _FRACTION, "eps": _AT_LEAST_0}),
     "adafactor": Choice(
-        "Adafactor", {"beta2_decay": _AT_MOST_0, "eps": _ADAFACTOR_EPS, "d": _MORE_THAN_0}
+        "Adafactor", {"beta2_decay": _AT_MOST_0, "eps": _ADAFACTOR_EPS, "d": _AT_LEAST_1}
     ),
     "adagrad": Choice(
         "Adagrad",
@@ -105,7 +106,7 @@ OPTIMIZERS: Mapping[str, Choice] = {
     "adam": Choice("Adam", _ADAM | {"amsgrad": _FLAG} | _DECOUPLED),
     "adamax": Choice("Adamax", _ADAM),
     "adamw": Choice("AdamW", _ADAM | {"amsgrad": _FLAG}),
-    "asgd": Choice("ASGD", {"lambd": _AT_LEAST_0, "alpha": _NUMBER, "t0": _NUMBER}),
+    "asgd": Choice("ASGD", {"lambd": _SHARE, "alpha": _SHARE, "t0": _AT_LEAST_0}),
     "nadam": Choice("NAdam", _ADAM | {"momentum_decay": _AT_LEAST_0} | _DECOUPLED),
     "radam": Choice("RAdam", _ADAM | _DECOUPLED),
     "rmsprop": Choice(
@@ -146,5 +147,12 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
             )
         if not kinds[option].holds(value):
             raise ValueError(
-                f"optimizer.options: {option} must be {kinds[option].words}, not {shown(value)}"
+                f"optimizer.options: {option} must be {kinds[option].words}, not {_shown(value)}"
             )
+
+
+def _shown(value: Any) -> str:
+    """A short list with its values, anything else as in other messages."""
+    if isinstance(value, list) and 0 < len(value) <= 4:
+        return f"[{', '.join(shown(item) for item in value)}]"
+    return shown(value)

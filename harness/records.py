@@ -38,7 +38,15 @@ Record = dict[str, Any]
 # checkpoint are cut. All others (start, restart, fault, stop) tell what happened to the processes
 # and stay.
 TRAJECTORY_EVENTS = frozenset(
-    {"stage", "decision", "evaluation", "checkpoint", "skipped_update", "end"}
+    {
+        "stage",
+        "decision",
+        "evaluation",
+        "checkpoint",
+        "skipped_update",
+        "corrupt_image",
+        "end",
+    }
 )
 
 

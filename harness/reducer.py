@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from harness.buckets import Bucket, fill_buckets, norm2
 from harness.comm.base import Communicator, Handle
 from harness.compression import EXACT_LIMIT, Codec, Compression, Half, build_codec
+from harness.errors import HarnessError
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,18 @@ class Reduced:
     """The sums of what the ranks put in."""
     grad_norm: float
     """L2 norm of the whole reduced gradient."""
-    finite: bool
-    """False: some gradient is inf or NaN; the update must be skipped."""
+    problem: str | None
+    """Why the update must be skipped; None if it need not."""
     bytes_sent: int
     """Payload that this rank handed to the communicator."""
     micro_norm2: float | None = None
     """Sum over the update's micro-batches, on all ranks, of the squared L2 norm of what each one
     adds to the gradient, if asked for."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether the update can be applied."""
+        return self.problem is None
 
 
 class GradientReducer:
@@ -48,13 +54,18 @@ class GradientReducer:
     (n may be 0, and differ between ranks and updates), then ``finish(extras)``; the gradients are
     then in ``.grad``. The loss of a micro-batch must be its samples' summed loss divided by the
     number of samples of the *whole* update, so that the sum over micro-batches and ranks is the
-    mean.
+    mean. A loss scale, which keeps small gradients alive in fp16, is applied and taken off in here:
+    nothing behind ``backward`` knows of it.
 
     A parameter that has no gradient on some ranks gets the sum of the others'; one that has none on
     any rank gets None, as without this class. Sparse gradients are made dense. Parameters that do
     not require a gradient when the reducer is made are left alone; one frozen later gets None.
 
-    Raises ValueError for parameters that are not float32, or compression with exact summation.
+    All ranks must begin with the same weights; that is not seen to here. Where several reducers are
+    under way at once, each needs a ``name`` of its own, the same on all ranks.
+
+    Raises ValueError for parameters that are not float32, settings that are not known, or
+    compression with exact summation.
     """
 
     def __init__(
@@ -64,8 +75,11 @@ class GradientReducer:
         compression: Compression = "none",
         bucket_bytes: int = 4 << 20,
         summation: Literal["float", "exact"] = "float",
+        name: str = "",
     ) -> None:
         self._comm = comm
+        self._name = f"{name}." if name else ""
+        self._frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
         buckets = fill_buckets(model, bucket_bytes)
         self._lanes = [
             _Lane(bucket, build_codec(bucket, compression, summation)) for bucket in buckets
@@ -78,6 +92,8 @@ class GradientReducer:
         self._held = False
         """Whether the codecs hold gradients of this update's earlier micro-batches."""
         self._armed = False
+        self._started = False
+        self._loss_scale = 1.0
         self._micro_norms2: list[Tensor] | None = None
         self._hooks = []
         for lane in self._lanes:
@@ -89,12 +105,23 @@ class GradientReducer:
                     )
                 )
 
-    def start(self, micro_batches: int, micro_norms: bool = False) -> None:
+    def start(self, micro_batches: int, micro_norms: bool = False, loss_scale: float = 1.0) -> None:
         """Begin an update to which this rank contributes ``micro_batches`` backward passes.
 
         ``micro_norms``: measure ``Reduced.micro_norm2``, from which the gradient noise scale
-        follows; costs a pass over the gradient for each micro-batch. The same on all ranks.
+        follows; costs a pass over the gradient for each micro-batch. ``loss_scale``: what losses
+        are multiplied by before backward, and each micro-batch's gradients divided by after it;
+        another one than 1 costs a pass as well. Both the same on all ranks.
+
+        An update that was begun before and not finished is given up, which all ranks must do alike.
+
+        Raises ValueError for a loss scale that is not a power of two, which would cost precision.
         """
+        self._give_up()
+        self._started = True
+        if not 0 < loss_scale < math.inf or math.frexp(loss_scale)[0] != 0.5:
+            raise ValueError(f"a loss scale must be a power of two, not {loss_scale}")
+        self._loss_scale = loss_scale
         self._remaining = micro_batches
         self._next = 0
         self._held = False
@@ -102,14 +129,20 @@ class GradientReducer:
         for lane in self._lanes:
             lane.start()
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one micro-batch; the update's last one starts the communication."""
+    def backward(self, loss: Tensor | None) -> None:
+        """Add the gradients of one micro-batch; the update's last one starts the communication.
+
+        None stands for a micro-batch without any sample left in it, which adds nothing.
+        """
         if self._remaining <= 0:
             raise RuntimeError("more backward passes than start() was told of")
         self._remaining -= 1
+        if loss is None:
+            return
         self._armed = self._remaining == 0
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            scaled = loss if self._loss_scale == 1.0 else loss * self._loss_scale
+            scaled.backward()  # type: ignore[no-untyped-call]
         finally:
             self._armed = False
         if self._remaining:
@@ -119,17 +152,23 @@ class GradientReducer:
             self._held = True
 
     def finish(self, extras: Sequence[float] = ()) -> Reduced:
-        """Wait for the sums; the reduced gradients are then in ``.grad``."""
+        """Wait for the sums; the reduced gradients are then in ``.grad``.
+
+        Raises HarnessError if a parameter that was frozen when the reducer was made is so no more.
+        """
+        if not self._started:
+            raise RuntimeError("finish() without start()")
+        self._check_frozen()
         if self._remaining:
             raise RuntimeError(f"{self._remaining} backward passes short of what start() was told")
         for lane in self._lanes[self._next :]:
             self._send(lane)
-        own = [*extras, sum(lane.codec.bound for lane in self._lanes)]
+        own = [*extras, _largest([lane.codec.bound for lane in self._lanes])]
         if self._micro_norms2 is not None:
             own.append(float(torch.stack(self._micro_norms2).sum()) if self._micro_norms2 else 0.0)
         flags = self._presence.pack([flag for lane in self._lanes for flag in lane.present])
         small = torch.tensor([*own, *flags], dtype=torch.float64)
-        handle = self._comm.allreduce_async(small, "extras")
+        handle = self._comm.allreduce_async(small, f"{self._name}extras")
         sent = small.nbytes
         norms2 = []
         for lane in self._lanes:
@@ -141,16 +180,16 @@ class GradientReducer:
         self._give_gradients(self._presence.unpack(summed[len(own) :]))
         by_bucket = torch.stack(norms2).tolist() if norms2 else []
         norm = math.sqrt(sum(by_bucket))
-        bound = summed[len(extras)]
-        finite = math.isfinite(norm) and bound < EXACT_LIMIT  # false for a NaN too
+        problem = _problem(norm, bound=summed[len(extras)])
         for lane, value in zip(self._lanes, by_bucket, strict=True):
-            lane.codec.learn(math.sqrt(value), finite)
+            lane.codec.learn(math.sqrt(value), problem is None, self._loss_scale != 1.0)
         micro_norm2 = None if self._micro_norms2 is None else summed[len(extras) + 1]
-        return Reduced(summed[: len(extras)], norm, finite, sent, micro_norm2)
+        self._started = False
+        return Reduced(summed[: len(extras)], norm, problem, sent, micro_norm2)
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply the reduced gradients, as clipping does."""
-        if factor != 1.0:
+        if factor != 1.0 and self._lanes:
             torch._foreach_mul_([lane.bucket.flat for lane in self._lanes], factor)
 
     def state_dict(self) -> dict[str, Any]:
@@ -179,6 +218,23 @@ class GradientReducer:
             hook.remove()
         self._hooks.clear()
 
+    def _check_frozen(self) -> None:
+        for name, parameter in self._frozen.items():
+            if parameter.requires_grad:
+                raise HarnessError(
+                    f"the model's parameter {name} was frozen when training began and is so no "
+                    "more; its gradient would not be summed over ranks. Let it require a gradient "
+                    "from the beginning, or leave it frozen"
+                )
+
+    def _give_up(self) -> None:
+        """Wait for what an unfinished update has under way."""
+        if not self._started:
+            return
+        for lane in self._lanes[: self._next]:
+            self._comm.wait(lane.handle)
+            lane.codec.give_up()
+
     def _gradient_ready(self, parameter: nn.Parameter) -> None:
         if not self._armed:
             return
@@ -198,11 +254,15 @@ class GradientReducer:
         self._next = lane.bucket.index + 1
         gradients, places = self._take(lane)
         tensor = lane.codec.pack(gradients, places, self._held)
-        lane.handle = self._comm.allreduce_async(tensor, f"bucket.{lane.bucket.index}")
+        name = f"{self._name}bucket.{lane.bucket.index}"
+        lane.handle = self._comm.allreduce_async(tensor, name)
 
     def _take(self, lane: _Lane) -> tuple[list[Tensor], list[int]]:
-        """A micro-batch's gradients and their places, noted and measured."""
+        """A micro-batch's gradients and their places, without loss scale, noted and measured."""
         gradients, places = lane.bucket.take_gradients()
+        if self._loss_scale != 1.0 and gradients:
+            # Not in place: their memory may be each other's, or still in use in other layers.
+            gradients = list(torch._foreach_mul(gradients, 1.0 / self._loss_scale))
         for place in places:
             lane.present[place] = True
         if self._micro_norms2 is not None and gradients:
@@ -214,6 +274,23 @@ class GradientReducer:
         for lane in self._lanes:
             for parameter, view in zip(lane.bucket.parameters, lane.bucket.views, strict=True):
                 parameter.grad = view if next(flags) else None
+
+
+def _largest(bounds: Sequence[float]) -> float:
+    """NaN if there is one, which ``max`` may overlook."""
+    return math.nan if any(map(math.isnan, bounds)) else max(bounds, default=0.0)
+
+
+def _problem(norm: float, bound: float) -> str | None:
+    """Why an update must be skipped, from the gradient's norm and the bound of exact sums."""
+    if not (math.isfinite(norm) and math.isfinite(bound)):
+        return "a gradient is inf or NaN"
+    if bound >= EXACT_LIMIT:
+        return (
+            f"gradients may add up to {bound:.0f}, and comm.summation = exact holds sums below "
+            f"{EXACT_LIMIT:.0f} only (comm.summation = float has no such limit)"
+        )
+    return None
 
 
 class _Lane:

@@ -19,6 +19,8 @@ from pydantic import (
     model_validator,
 )
 
+from harness.dataset_table import OPTIONAL, check_dataset
+from harness.model_table import check_model
 from harness.optimizer_table import OPTIMIZERS, REFUSED, check_options
 from harness.units import Duration
 from harness.yamlfile import shown
@@ -66,6 +68,12 @@ def _optimum(value: object) -> float | Literal["estimate"]:
     return _number(value, -1e30, "a number or estimate")
 
 
+def _options(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"must be a mapping of options, not {shown(value)}")
+    return value
+
+
 class Printed(Section):
     """One result as its source prints it."""
 
@@ -89,19 +97,57 @@ class Paper(Section):
 
 
 class Data(Section):
-    dataset: str
-    """digits, mnist; planning knows fashion-mnist, cifar10, cifar100 and imagenet too."""
-    root: str | None = None
-    """Directory of the files; not needed for data that ships with a package."""
+    dataset: Annotated[str, Field(min_length=1, max_length=200)]
+    """A data set's name; ``harness doctor`` lists all of them, and where each is expected."""
+    root: Annotated[str, Field(min_length=1)] | None = None
+    """Directory of the files; not needed for data that ships with a package or is generated."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Loading processes per rank, for data that is decoded from files."""
+    """Loading processes per rank, for data that is decoded from files; 0: the rank decodes."""
+    prefetch: Annotated[int, Field(ge=1, le=1024)] = 4
+    """Micro-batches that each worker may be ahead of training."""
     augment: bool = True
     """Random variants of the training images."""
+    cutout: Count | None = None
+    """augment: side in pixels of a square that is wiped out of each training image (DeVries and
+    Taylor 2017); null: none."""
+    image_size: Annotated[int, Field(ge=1, le=16384)] | None = None
+    """Side in pixels of the images that the model gets, for folders, shards and synthetic images;
+    default: 224."""
+    size: Count | None = None
+    """Training samples of data that is generated (synthetic, digits-enlarged), or of all of
+    webdataset's training shards together, which planning would otherwise have to read."""
+    classes: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    """synthetic: number of classes; default: 1000."""
+    channels: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """synthetic: channels of an image; default: 3."""
+    on_corrupt: Literal["stop", "skip"] = "stop"
+    """An image that cannot be decoded stops the run, or is left out and counted."""
+    share: bool = True
+    """Ranks of one host hold one copy of what is in memory, instead of one each."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        check_dataset(self.dataset, self.root, {key: getattr(self, key) for key in OPTIONAL})
+        if self.cutout is not None and not self.augment:
+            raise ValueError(f"data.cutout = {self.cutout} needs data.augment = true")
+        if self.cutout is not None and self.dataset == "synthetic":
+            raise ValueError("data.cutout has no meaning for data.dataset = synthetic")
+        return self
 
 
 class Model(Section):
-    name: str
-    """lenet5, or your own as package.module:callable."""
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    """lenet5, resnet20 …, one of torchvision's, or your own as package.module:callable."""
+    options: Annotated[dict[str, Any], PlainValidator(_options)] = {}
+    """Keyword arguments of the model's constructor."""
+    zero_gamma: bool = False
+    """Residual blocks begin as the identity: the scale of each one's last batch norm starts at 0
+    (Goyal et al. 2017, section 5.1)."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        check_model(self.name, self.options)
+        return self
 
 
 class FixedGrowth(Section):
@@ -298,6 +344,8 @@ class Ranks(Section):
     """Ranks on one node, for the plan's node-hours; default: all on one."""
     threads: Count | None = None
     """Threads of each rank; default: the host's cores divided by its ranks."""
+    pin: bool = False
+    """Bind each rank to cores of its own, where the launcher has not."""
 
     @property
     def ceiling(self) -> int:
@@ -318,12 +366,6 @@ LARS_ONLY = (
     "clip",
     "decay_at_zero_norm",
 )
-
-
-def _options(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"must be a mapping of options, not {shown(value)}")
-    return value
 
 
 class Optimizer(Section):
@@ -408,6 +450,14 @@ class Optimizer(Section):
                 raise ValueError(
                     f"optimizer.{name} belongs to optimizer.name = lars, not {self.name}{hint}"
                 )
+        decays = self.decay_at_zero_norm
+        if self.denominator == "decayed" and not (
+            self.preset != "larc" if decays is None else decays
+        ):
+            raise ValueError(
+                "optimizer.denominator = decayed needs optimizer.decay_at_zero_norm = true, which "
+                f"{'optimizer.preset = larc' if decays is None else 'here'} sets to false"
+            )
         if self.adapt_1d is not None and self.name not in ("lars", "lamb"):
             raise ValueError(
                 f"optimizer.adapt_1d belongs to optimizer.name = lars or lamb, not {self.name}; "
@@ -623,7 +673,17 @@ class Train(Section):
     """Updates in one line of metrics.jsonl."""
     layers_every: Length | None = None
     """Time between lines of layers.jsonl: each layer's norms and trust ratio; null: never."""
-    precision: Literal["fp32"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of forward and backward (autocast); weights and their updates are float32. fp16 scales the
+    loss by a power of two that follows what overflows."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a training label that is spread over all classes (Szegedy et al. 2016)."""
+    channels_last: bool = False
+    """Images and convolutions in NHWC order."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    sync_batch_norm: bool = False
+    """Batch norm over the micro-batches of all ranks, instead of each by itself."""
 
 
 class Config(Section):

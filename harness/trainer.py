@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
-from torch.nn import functional
 
 from harness.autotune import Tuned
 from harness.buffers import (
@@ -18,12 +20,14 @@ from harness.buffers import (
     restore_buffers,
     restore_residuals,
 )
-from harness.comm.base import Communicator
+from harness.comm.base import Communicator, allgather_bytes
 from harness.consistency import check_equal
-from harness.data.datasets import ImageData
-from harness.data.sampler import GlobalBatchSampler, MicroBatch, permute
-from harness.errors import ConfigError, HarnessError, StoppedEarly
+from harness.data.datasets import Batch, ImageData, Split
+from harness.data.feed import Feed
+from harness.data.sampler import GlobalBatchSampler, permute
+from harness.errors import HarnessError, StoppedEarly
 from harness.evaluate import Evaluation, evaluate
+from harness.forward import ForwardPass
 from harness.gradstats import DistanceFromInit, clip_factor, layer_statistics
 from harness.journal import Journal
 from harness.keyed import fold_key
@@ -75,7 +79,9 @@ class Trainer:
         self._scheduler = stage_scheduler(config.batch, self._agree)
         self._rates = rate_schedule(config)
         self._sampler = GlobalBatchSampler(size, config.seed, config.batch.micro_batch)
-        self._augment = data.augmentation if config.data.augment else None
+        self._feed = Feed(
+            data.train, self._sampler, comm.size, comm.rank, config.data.augment, comm.device
+        )
         self._tuned = tuned
         settings = config.comm if tuned is None else tuned.applied(config.comm)
         self._reducer = GradientReducer(
@@ -86,14 +92,20 @@ class Trainer:
             settings.summation,
         )
         self._optimizer = build_optimizer(model, config)
+        self._forward = ForwardPass(model, config, data.num_classes, comm.device)
+        self._precision = self._forward.precision
         self._noise = NoiseScale()
         self._initial = DistanceFromInit(model)
         self._phases = PhaseClock()
         self._window = Window()
         self._pace = Pace()
+        nothing = torch.empty(0, *data.shape, device=comm.device)
+        self._nothing = Batch(nothing, nothing.new_empty(0, dtype=torch.int64))
         self._stage = -1
         self._skipped_in_a_row = 0
         self._train_seconds = 0.0
+        self._corrupt = 0
+        """Training samples that could not be read, each time it was tried."""
         self._evaluation: Evaluation | None = None
         self._evaluated_at = self._saved_at = -1
         self._shown: tuple[BatchDecision, Decomposition, float] | None = None
@@ -120,6 +132,7 @@ class Trainer:
             "reducer": self._reducer.state_dict(),
             "tuned": None if self._tuned is None else self._tuned.as_dict(),
             "growth": self._scheduler.state_dict(),
+            "precision": self._precision.state_dict(),
             "noise": self._noise.state_dict(),
             "initial_weights": self._initial.state_dict(),
             "samples_seen": self.clock.samples,
@@ -128,6 +141,7 @@ class Trainer:
             "stage": self._stage,
             "skipped_in_a_row": self._skipped_in_a_row,
             "train_seconds": self._train_seconds,
+            "corrupt": self._corrupt,
             "evaluated_at": self._evaluated_at,
             "evaluation": None if self._evaluation is None else asdict(self._evaluation),
             "window": self._window.state_dict(),
@@ -146,12 +160,14 @@ class Trainer:
         self._reducer.load_state_dict(state["reducer"])
         restore_residuals(self._reducer.residuals, state.get("rank_residuals"), self._comm)
         self._scheduler.load_state_dict(state["growth"])
+        self._precision.load_state_dict(state["precision"])
         self._noise.load_state_dict(state["noise"])
         self._initial.load_state_dict(state["initial_weights"])
         self.clock = Clock(state["samples_seen"], state["update"], self.clock.dataset_size)
         self._stage = state["stage"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self._train_seconds = state["train_seconds"]
+        self._corrupt = state["corrupt"]
         self._evaluated_at, self._saved_at = state["evaluated_at"], state["update"]
         if state["evaluation"] is not None:
             self._evaluation = Evaluation(**state["evaluation"])
@@ -190,7 +206,11 @@ class Trainer:
             key = fold_key(self._config.seed, _LOSS_SAMPLE, self.clock.samples)
             samples = permute(np.arange(count, dtype=np.uint64), size, key).astype(np.int64)
         with averaged_buffers(self._model, gather_buffers(self._model, self._comm)):
-            return evaluate(self._model, self._data.train, self._comm, samples).loss
+            return self._measure(self._data.train, samples).loss
+
+    def _measure(self, split: Split, samples: npt.NDArray[np.int64] | None = None) -> Evaluation:
+        shape, autocast = self._data.shape, self._precision.autocast
+        return evaluate(self._model, split, self._comm, samples, shape, autocast)
 
     def _enter_stage(self, decision: BatchDecision, pieces: Decomposition) -> None:
         self._flush_window()  # a line holds updates of one stage only
@@ -217,22 +237,47 @@ class Trainer:
         size = update_size(self.clock, decision.batch, epoch_end, self._end)
         rates = self._rates.at(self.clock, decision)
         self._phases.restart()
-        loss_sum = self._accumulate(size)
+        loss_sum, corrupt = self._accumulate(size, decision.batch)
         asked_to_stop = float(self._stop.asked())
         self._phases.mark("other")
-        reduced = self._reducer.finish([loss_sum, asked_to_stop])
+        reduced = self._reducer.finish([loss_sum, asked_to_stop, float(len(corrupt))])
         self._phases.mark("comm_exposed")
         before, self.clock = self.clock, step(self.clock, size)
-        self._observe(size, reduced)
+        kept = size - int(reduced.extras[2])
+        if kept < size:
+            reduced = self._without_corrupt(size, kept, corrupt, reduced)
+        self._observe(size, kept, reduced)
         self._apply(rates, reduced)
         self._phases.mark("optimizer")
-        self._account(size, decision, pieces, rates, reduced)
+        self._account(size, kept, decision, pieces, rates, reduced)
         news = self._milestones(before)
-        self._show(decision, pieces, reduced.extras[0] / size, news)
+        self._show(decision, pieces, reduced.extras[0] / max(kept, 1), news)
         if reduced.extras[1] > 0 and not self._end.reached(self.clock):
             self._stop_with_checkpoint("asked to stop")
 
-    def _observe(self, size: int, reduced: Reduced) -> None:
+    def _without_corrupt(
+        self, size: int, kept: int, corrupt: list[str], reduced: Reduced
+    ) -> Reduced:
+        """The mean over the samples that could be read, and a record of the others. Collective."""
+        told = allgather_bytes(self._comm, json.dumps(corrupt).encode(), "corrupt")
+        for reason in sorted(reason for content in told for reason in json.loads(content)):
+            self._journal.event(
+                "corrupt_image",
+                self.clock.updates,
+                samples_seen=self.clock.samples,
+                reason=reason,
+            )
+        self._corrupt += size - kept
+        factor = size / max(kept, 1)
+        self._reducer.scale_gradients(factor)
+        norm2 = reduced.micro_norm2
+        return replace(
+            reduced,
+            grad_norm=reduced.grad_norm * factor,
+            micro_norm2=None if norm2 is None else norm2 * factor**2,
+        )
+
+    def _observe(self, size: int, kept: int, reduced: Reduced) -> None:
         """Take notice of what this update has measured, and tell the growth policy."""
         noise = None
         if reduced.micro_norm2 is not None:
@@ -241,42 +286,53 @@ class Trainer:
             noise = self._noise.observe(
                 self.clock, size, squares, reduced.micro_norm2, reduced.grad_norm**2
             )
-        loss = reduced.extras[0] / size
+        loss = reduced.extras[0] / max(kept, 1)
         self._scheduler.observe(self.clock, Observation(size, loss, reduced.grad_norm, noise))
 
-    def _accumulate(self, size: int) -> float:
-        """Forward and backward over this rank's micro-batches; returns their summed loss."""
-        ranks, rank = self._comm.size, self._comm.rank
+    def _accumulate(self, size: int, batch_size: int) -> tuple[float, list[str]]:
+        """Forward and backward over this rank's micro-batches; returns their summed loss, and what
+        could not be read."""
         # The norms of micro-batches tell the noise scale, if there is more than one to compare.
         norms = size > self._config.batch.micro_batch
-        self._reducer.start(self._sampler.count(size, ranks, rank), micro_norms=norms)
+        ranks, rank, sync = self._comm.size, self._comm.rank, self._config.train.sync_batch_norm
+        count = self._sampler.count(size, ranks, rank)
+        # Synchronised layers are collectives: all ranks pass the model equally often.
+        passes = self._sampler.count(size, ranks, 0) if sync else count
+        scale = self._precision.loss_scale(size, self._config.batch.micro_batch)
+        self._reducer.start(passes, micro_norms=norms, loss_scale=scale)
         total = torch.zeros((), dtype=torch.float64, device=self._comm.device)
-        for micro in self._sampler.micro_batches(self.clock.samples, size, ranks, rank):
-            loss = self._forward(micro)
-            self._phases.mark("forward")
-            # Summed loss over the samples of the whole update: ranks and micro-batches of unequal
-            # size then add up to the exact mean.
-            self._reducer.backward(loss / size)
-            total += loss.detach()
-            self._phases.mark("backward")
-        return float(total)
+        corrupt: list[str] = []
+        for micro, batch in self._feed.update(self._spans(batch_size)):
+            corrupt += batch.corrupt
+            self._phases.mark("data")
+            if not len(batch.labels) and not sync:
+                self._reducer.backward(None)
+                continue
+            # Dropout and the like draw from a stream that belongs to the micro-batch, so they
+            # depend neither on the ranks nor on what this process ran before.
+            self._seed(fold_key(self._config.seed, micro.start) >> 1)
+            total += self._pass(batch, size)
+        for _ in range(passes - count):
+            self._pass(self._nothing, size)
+        return float(total), corrupt
 
-    def _forward(self, micro: MicroBatch) -> torch.Tensor:
-        seed = self._config.seed
-        images, labels = self._data.train.batch(micro.samples, micro.epochs, seed, self._augment)
-        # Dropout and the like draw from a stream that belongs to the micro-batch, so they depend
-        # neither on the ranks nor on what this process ran before.
-        self._seed(fold_key(seed, micro.start) >> 1)
-        images, labels = images.to(self._comm.device), labels.to(self._comm.device)
-        self._phases.mark("data")
-        logits = self._model(images)
-        if logits.shape != (len(labels), self._data.num_classes):
-            raise ConfigError(
-                f"model.name {self._config.model.name} returns {tuple(logits.shape)} for a "
-                f"micro-batch of {len(labels)}; logits of ({len(labels)}, "
-                f"{self._data.num_classes}) are needed"
-            )
-        return functional.cross_entropy(logits, labels, reduction="sum")
+    def _pass(self, batch: Batch, size: int) -> torch.Tensor:
+        """Forward and backward; returns the summed loss."""
+        loss = self._forward.loss(batch)
+        self._phases.mark("forward")
+        # Summed loss over the samples of the whole update: ranks and micro-batches of unequal size
+        # then add up to the exact mean.
+        self._reducer.backward(loss / size)
+        self._phases.mark("backward")
+        return loss.detach()
+
+    def _spans(self, batch: int) -> Iterator[tuple[int, int]]:
+        """(samples seen, size) of this update and of all that follow if the batch stays."""
+        clock = self.clock
+        while not self._end.reached(clock):
+            size = update_size(clock, batch, self._config.batch.epoch_end, self._end)
+            yield clock.samples, size
+            clock = step(clock, size)
 
     def _seed(self, seed: int) -> None:
         torch.default_generator.manual_seed(seed)
@@ -284,8 +340,10 @@ class Trainer:
             torch.cuda.manual_seed(seed)
 
     def _apply(self, rates: Rates, reduced: Reduced) -> None:
+        before = self._precision.scale
+        lowered = self._precision.adapt(reduced.finite)
         if not reduced.finite:
-            self._skip()
+            self._skip(reduced, f"fp16's loss scale was {before:g}" if lowered else None)
             return
         self._skipped_in_a_row = 0
         set_rates(self._optimizer, rates.lr, rates.momentum)
@@ -294,23 +352,25 @@ class Trainer:
             self._reducer.scale_gradients(clip_factor(reduced.grad_norm, limit))
         self._optimizer.step()
 
-    def _skip(self) -> None:
-        self._skipped_in_a_row += 1
+    def _skip(self, reduced: Reduced, excuse: str | None) -> None:
+        """``excuse``: what makes this a part of normal operation, and no sign of divergence."""
+        self._skipped_in_a_row += excuse is None
         self._journal.event(
             "skipped_update",
             self.clock.updates,
             samples_seen=self.clock.samples,
-            reason="a gradient is inf or NaN",
+            reason=f"{reduced.problem}{f'; {excuse}' if excuse else ''}",
         )
         if self._skipped_in_a_row >= _MAX_SKIPPED:
             raise HarnessError(
-                f"the gradient was inf or NaN in {_MAX_SKIPPED} updates in a row, up to update "
-                f"{self.clock.updates}: the run has diverged; lower lr.base or warm up for longer"
+                f"{_MAX_SKIPPED} updates in a row were skipped, up to update {self.clock.updates}: "
+                f"{reduced.problem}. If the run has diverged, lower lr.base or warm up for longer"
             )
 
     def _account(
         self,
         size: int,
+        kept: int,
         decision: BatchDecision,
         pieces: Decomposition,
         rates: Rates,
@@ -334,7 +394,7 @@ class Trainer:
             "grad_norm": reduced.grad_norm,
             "noise_scale": self._noise.scale,
         }
-        self._window.add(size, reduced.extras[0], reduced.bytes_sent, seconds, latest)
+        self._window.add(size, kept, reduced.extras[0], reduced.bytes_sent, seconds, latest)
         if self._window.updates >= self._config.train.log_every:
             self._flush_window()
 
@@ -375,7 +435,7 @@ class Trainer:
         if self._evaluation is not None and self._evaluated_at == self.clock.updates:
             return self._evaluation
         with averaged_buffers(self._model, gather_buffers(self._model, self._comm)):
-            self._evaluation = evaluate(self._model, self._data.test, self._comm)
+            self._evaluation = self._measure(self._data.test)
         self._evaluated_at = self.clock.updates
         self._journal.event(
             "evaluation",
@@ -384,6 +444,8 @@ class Trainer:
             epoch=self.clock.epoch,
             loss=self._evaluation.loss,
             accuracy=self._evaluation.accuracy,
+            accuracy_top5=self._evaluation.accuracy_top5,
+            corrupt=self._evaluation.corrupt,
         )
         return self._evaluation
 
@@ -423,6 +485,8 @@ class Trainer:
             seconds=self._train_seconds,
             loss=result.loss,
             accuracy=result.accuracy,
+            accuracy_top5=result.accuracy_top5,
+            corrupt=self._corrupt,
         )
         return result
 

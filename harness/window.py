@@ -14,6 +14,8 @@ class Window:
 
     updates: int = 0
     samples: int = 0
+    kept: int = 0
+    """Those of the samples that could be read; the loss is over these."""
     loss_sum: float = 0.0
     bytes_sent: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
@@ -23,6 +25,7 @@ class Window:
     def add(
         self,
         samples: int,
+        kept: int,
         loss_sum: float,
         bytes_sent: int,
         seconds: dict[str, float],
@@ -31,6 +34,7 @@ class Window:
         """Count one update."""
         self.updates += 1
         self.samples += samples
+        self.kept += kept
         self.loss_sum += loss_sum
         self.bytes_sent += bytes_sent
         for phase, spent in seconds.items():
@@ -42,7 +46,7 @@ class Window:
         total = sum(self.seconds.values())
         return {
             **self.latest,
-            "loss": self.loss_sum / self.samples,
+            "loss": self.loss_sum / self.kept if self.kept else None,
             "images_per_sec": self.samples / total if total > 0 else None,
             "seconds": self.seconds,
             "comm_bytes": self.bytes_sent,

@@ -6,11 +6,10 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -18,8 +17,10 @@ from torch import nn
 from harness import checkpoint, environment
 from harness.autotune import Tuned, slower_than_none, tune
 from harness.comm import Communicator, allreduce, broadcast_bytes, open_communicator
-from harness.config import check_trainable, dump_config, load_config
-from harness.data.datasets import ImageData, load
+from harness.comm.together import AllLeave, exit_code_of, together
+from harness.config import dump_config, load_config
+from harness.data.datasets import ImageData
+from harness.data.shared import load_shared
 from harness.errors import HarnessError, PeerLost, RunDirectoryError, StoppedEarly
 from harness.evaluate import Evaluation
 from harness.journal import Journal
@@ -40,19 +41,8 @@ from harness.resume import check_same_run
 from harness.schedule.plan import build_plan
 from harness.schema import Config
 from harness.stop import StopRequest
+from harness.syncbn import convert
 from harness.trainer import Trainer
-
-T = TypeVar("T")
-
-
-class _AllLeave(Exception):  # noqa: N818 - not an error of this rank: a decision of all
-    """Some rank failed in a step that all take together; all ranks raise this."""
-
-    def __init__(self, mine: Exception | None, exit_code: int) -> None:
-        super().__init__()
-        self.mine = mine
-        """What this rank has to say, on the one rank that speaks."""
-        self.exit_code = exit_code
 
 
 @dataclass
@@ -76,12 +66,10 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: Path, resume: bo
     comm: Communicator | None = None
     try:
         config = load_config(config_path, overrides)
-        check_trainable(config)
-        keep_freed_memory()
         _set_threads(config)
         comm = open_communicator(config.comm)
         _run(config, RunDirectory(run_dir), resume, comm)
-    except _AllLeave as leave:
+    except AllLeave as leave:
         if leave.mine is not None:
             _last_words(leave.mine, comm)
         code = _leave(leave.exit_code, comm)
@@ -107,15 +95,10 @@ def _run(config: Config, run: RunDirectory, resume: bool, comm: Communicator) ->
     stop = StopRequest(run.stop_request)
     stop.listen()
     lock = RunLock(run)
-    _together(comm, lambda: _take(config, run, lock, resume) if comm.rank == 0 else None)
-    data = _together(
-        comm,
-        lambda: load(config.data.dataset, Path(config.data.root) if config.data.root else None),
-    )
-    model = _together(
-        comm, lambda: build_model(config.model.name, data.num_classes, data.shape, config.seed)
-    )
-    model.to(comm.device)
+    together(comm, lambda: _take(config, run, lock, resume) if comm.rank == 0 else None)
+    data = load_shared(config.data, comm)
+    keep_freed_memory()  # only now: what loading has used for a moment goes back
+    model = together(comm, lambda: _model(config, data, comm))
     resumed = _resume(run, comm) if resume else _Resumed()
     if comm.rank == 0:
         if not resume:
@@ -125,24 +108,44 @@ def _run(config: Config, run: RunDirectory, resume: bool, comm: Communicator) ->
             stop.clear()
     journal = Journal(run, comm.rank == 0, config.train.keep_checkpoints, resumed.position)
     display = _display(comm)
-    tuned = _together(comm, lambda: _tune(config, model, data, comm, resumed))
+    tuned = together(comm, lambda: _tune(config, model, data, comm, resumed))
     trainer = Trainer(
         config, data, model, comm, journal, display, stop, environment.supervised_growth(), tuned
     )
     if resumed.state is not None:
         state = resumed.state
-        _together(comm, lambda: trainer.load_state_dict(state))
+        together(comm, lambda: trainer.load_state_dict(state))
     if comm.rank == 0:
         _introduce(config, run, comm, trainer, journal, resumed)
         if tuned is not None:
             journal.event("autotune", trainer.clock.updates, **tuned.as_dict())
     if tuned is None:
-        _check_compression(config, comm, trainer.clock.updates, journal, display)
+        _check_compression(config, model, comm, trainer.clock.updates, journal, display)
     try:
         return trainer.run()
     finally:
+        data.train.close()
+        data.test.close()
         display.close()
         journal.close()
+
+
+def _model(config: Config, data: ImageData, comm: Communicator) -> nn.Module:
+    """The model on its device, as it is to be computed."""
+    settings = config.model
+    model = build_model(
+        settings.name,
+        data.num_classes,
+        data.shape,
+        config.seed,
+        settings.options,
+        settings.zero_gamma,
+    )
+    model.to(comm.device)
+    if config.train.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # With one rank too: what many ranks are compared with runs the same code.
+    return convert(model, comm) if config.train.sync_batch_norm else model
 
 
 def _take(config: Config, run: RunDirectory, lock: RunLock, resume: bool) -> None:
@@ -161,10 +164,10 @@ def _take(config: Config, run: RunDirectory, lock: RunLock, resume: bool) -> Non
 
 def _resume(run: RunDirectory, comm: Communicator) -> _Resumed:
     """The newest valid checkpoint, read by rank 0 and given to all, so that all have the same."""
-    resumed = _together(comm, lambda: _find(run) if comm.rank == 0 else _Resumed())
+    resumed = together(comm, lambda: _find(run) if comm.rank == 0 else _Resumed())
     resumed.content = broadcast_bytes(comm, resumed.content if comm.rank == 0 else None, "resume")
     if resumed.content:
-        resumed.state = _together(
+        resumed.state = together(
             comm, lambda: checkpoint.load_state(resumed.content, resumed.name or "checkpoint")
         )
         resumed.content = b""  # not held in memory for the length of the run
@@ -195,10 +198,15 @@ def _tune(
 
 
 def _check_compression(
-    config: Config, comm: Communicator, update: int, journal: Journal, display: Display
+    config: Config,
+    model: nn.Module,
+    comm: Communicator,
+    update: int,
+    journal: Journal,
+    display: Display,
 ) -> None:
     """Say so if compression costs more time than it saves."""
-    ratio = slower_than_none(config.comm, comm)
+    ratio = slower_than_none(config.comm, model, comm)
     if ratio is None:
         return
     told = (
@@ -242,38 +250,33 @@ def _introduce(
         journal.event("checkpoint_rejected", trainer.clock.updates, file=name, reason=why)
 
 
-def _together(comm: Communicator, action: Callable[[], T]) -> T:
-    """Run an action on every rank; if any fails, all leave, and the lowest of those says why."""
-    error: Exception | None = None
-    result: T | None = None
-    try:
-        result = action()
-    except Exception as problem:
-        error = problem
-    codes = torch.zeros(comm.size, dtype=torch.float64)
-    if error is not None:
-        codes[comm.rank] = _exit_code(error)
-    allreduce(comm, codes, "together")
-    failed = codes.nonzero().flatten().tolist()
-    if not failed:
-        return result  # type: ignore[return-value]
-    raise _AllLeave(error if failed[0] == comm.rank else None, int(codes[failed[0]]))
-
-
 def _set_threads(config: Config) -> None:
     """Give a rank its share of the host's cores: MPI and Horovod would leave it all of them."""
-    share = max(1, environment.usable_cores() // environment.launched_local_size())
+    ranks = environment.launched_local_size()
+    if config.ranks.pin:
+        _pin(environment.launched_local_rank(), ranks)
+        share = environment.usable_cores()
+    else:
+        share = max(1, environment.usable_cores() // ranks)
     torch.set_num_threads(config.ranks.threads or share)
+
+
+def _pin(local_rank: int, ranks: int) -> None:
+    """Bind this process to an equal share of the host's cores, side by side.
+
+    Cores that a launcher has taken away stay so: if it has bound ranks one by one, each keeps what
+    it has. With fewer cores than ranks there is nothing to share out.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if ranks <= len(cores) == os.cpu_count():
+        bounds = [len(cores) * i // ranks for i in (local_rank, local_rank + 1)]
+        os.sched_setaffinity(0, cores[slice(*bounds)])
 
 
 def _display(comm: Communicator) -> Display:
     if comm.rank != 0:
         return Silent()
     return Relay() if environment.relays_progress() else local_display()
-
-
-def _exit_code(error: Exception) -> int:
-    return error.exit_code if isinstance(error, HarnessError) else 1
 
 
 def _leave(code: int, comm: Communicator | None) -> int:
@@ -289,7 +292,7 @@ def _last_words(error: Exception, comm: Communicator | None) -> int:
     rank = comm.rank if comm is not None else environment.launched_rank()
     # An OSError's own text says what is wrong and where (disk full, no permission).
     known = isinstance(error, HarnessError | OSError)
-    code = _exit_code(error)
+    code = exit_code_of(error)
     message = str(error) if known else f"{type(error).__name__}: {error}"
     where = environment.failure_dir()
     if where is None:

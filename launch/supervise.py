@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from harness import environment
-from harness.config import check_trainable, load_config
+from harness.config import load_config
 from harness.data_sizes import train_size
 from harness.errors import (
     ConfigError,
@@ -65,9 +65,8 @@ def run(request: RunRequest) -> int:
     if request.ranks is not None:
         request = _with_ranks(request, request.ranks)
     config = load_config(request.config_path, request.overrides)
-    check_trainable(config)
     hosts = parse_hosts(request.hosts) if request.hosts else this_host()
-    build_plan(config, train_size(config.data.dataset, config.data.root))  # refuses what it can
+    build_plan(config, train_size(config.data))  # refuses what it can
     directory = RunDirectory(_run_directory(request, config))
     directory.check_usable(request.resume)
     # The ranks of a launch that was killed a moment ago need some seconds to die.

@@ -26,6 +26,8 @@ def drifted(rank: int) -> nn.Module:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
     model.register_buffer("scalar", torch.tensor(0.25 + rank))
     model.register_buffer("flag", torch.tensor([rank % 2 == 0, True]))
+    model.register_buffer("large", torch.tensor([2**62 + 12345 + rank, -(2**63) + rank, -1]))
+    model.register_buffer("complex", torch.tensor([[1 + 2j, 3.5 - 1j * rank]]))
     generator = torch.Generator().manual_seed(rank)
     for layer in (model[0], model[2]):
         layer.running_mean = torch.randn(layer.num_features, generator=generator)
@@ -57,17 +59,16 @@ def test_the_mean_over_ranks_inside_and_each_ranks_own_afterwards(ranks: int) ->
     for inside in run_ranks(ranks, act):
         for index, buffer in enumerate(inside):
             each = [buffers[index] for buffers in own]
-            if buffer.is_floating_point():
-                mean = torch.stack(each).double().mean(dim=0)
-                assert torch.allclose(buffer.double(), mean, rtol=1e-6)
+            if buffer.is_floating_point() or buffer.is_complex():
+                mean = torch.stack(each).to(torch.complex128).mean(dim=0)
+                assert torch.allclose(buffer.to(torch.complex128), mean, rtol=1e-6)
             else:
                 assert torch.equal(buffer, each[0]), "rank 0's"
 
 
 def test_own_statistics_come_back_also_after_an_error() -> None:
     model = drifted(1)
-    table = torch.stack([torch.cat([b.double().reshape(-1) for b in drifted(r).buffers()])
-                         for r in (0, 1)])  # fmt: skip
+    table = run_ranks(2, lambda comm: gather_buffers(drifted(comm.rank), comm))[0]
     before = values(model)
 
     def fail() -> None:

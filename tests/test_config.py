@@ -17,7 +17,9 @@ from pydantic import ValidationError
 from support import ROOT
 
 from harness.config import dump_config, load_config
+from harness.dataset_table import DATASETS
 from harness.errors import ConfigError
+from harness.model_table import OWN, TORCHVISION
 from harness.schema import Batch, Config, LearningRate, check_shares
 from harness.units import Duration
 
@@ -39,8 +41,21 @@ FULL: dict[str, Any] = {
         "printed": [{"metric": "accuracy", "value": 0.98, "below": None, "note": None}],
         "note": "a note",
     },
-    "data": {"dataset": "mnist", "root": "/data", "workers": 2, "augment": False},
-    "model": {"name": "package.module:callable"},
+    "data": {
+        "dataset": "mnist",
+        "root": "/data",
+        "workers": 2,
+        "prefetch": 8,
+        "augment": True,
+        "cutout": 4,
+        "image_size": None,
+        "size": None,
+        "classes": None,
+        "channels": None,
+        "on_corrupt": "skip",
+        "share": False,
+    },
+    "model": {"name": "package.module:callable", "options": {}, "zero_gamma": True},
     "batch": {
         "initial": 64,
         "max": 1024,
@@ -50,7 +65,14 @@ FULL: dict[str, Any] = {
         "shrink": True,
         "epoch_end": "carry",
     },
-    "ranks": {"start": 2, "max": 4, "prefer": "accumulation", "per_node": 4, "threads": 3},
+    "ranks": {
+        "start": 2,
+        "max": 4,
+        "prefer": "accumulation",
+        "per_node": 4,
+        "threads": 3,
+        "pin": True,
+    },
     "optimizer": {
         "name": "lars",
         "momentum": 0.8,
@@ -105,7 +127,11 @@ FULL: dict[str, Any] = {
         "checkpoint_every": "0.00001ep",
         "keep_checkpoints": 5,
         "log_every": 1,
-        "precision": "fp32",
+        "precision": "bf16",
+        "label_smoothing": 0.1,
+        "channels_last": True,
+        "compile": True,
+        "sync_batch_norm": True,
         "layers_every": "2ep",
     },
 }
@@ -475,10 +501,17 @@ def raw_configs(draw: st.DrawFn) -> dict[str, Any]:
         "seed": draw(st.integers(0, 2**63 - 1)),
         "paper": draw(st.none() | paper),
         "data": {
-            "dataset": draw(WORDS),
-            **draw(section(root=st.none() | WORDS, augment=st.booleans())),
+            "dataset": draw(st.sampled_from([n for n, d in DATASETS.items() if d.files])),
+            **draw(
+                section(
+                    root=st.none() | WORDS,
+                    augment=st.just(True),
+                    cutout=st.none() | st.integers(1, 99),
+                    on_corrupt=st.sampled_from(["stop", "skip"]),
+                )
+            ),
         },
-        "model": {"name": draw(WORDS)},
+        "model": {"name": draw(st.sampled_from([*OWN, *TORCHVISION, "a.b:c"]))},
         "batch": batch,
         "optimizer": draw(optimizer) | draw(lars | st.just({})),
         "lr": draw(raw_rates(duration)),
@@ -521,7 +554,7 @@ class TestUnknownKeys:
         ("override", "hint", "valid"),
         [
             ("sead=1", "did you mean 'seed'? ", "name, seed, paper, data, model, batch, ranks"),
-            ("data.rot=x", "did you mean 'root'? ", "dataset, root, workers, augment"),
+            ("data.rot=x", "did you mean 'root'? ", "dataset, root, workers, prefetch, augment"),
             ("model.nam=x", "did you mean 'name'? ", "name"),
             (
                 "batch.intial=1",

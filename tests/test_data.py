@@ -8,11 +8,13 @@ import struct
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from itertools import pairwise
 from math import cos, radians, sin
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,23 +22,26 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpolate
 
-from harness.data.augment import Affine, draws
-from harness.data.datasets import LOADERS, ImageData, ImageSplit, load
+from harness.data.augment import Affine, Compose, CropFlip, Cutout, draws, with_cutout
+from harness.data.datasets import ImageData, ImageSplit, load
 from harness.data.digits import enlarge, stratified_split
 from harness.data.idx import read_idx
 from harness.data.sampler import GlobalBatchSampler
-from harness.data_sizes import LOADABLE, TRAIN_SIZES, train_size
+from harness.data_sizes import train_size
+from harness.dataset_table import DATASETS, OPTIONAL
 from harness.errors import DataError
 from harness.models import build_model
+from harness.schema import Data
 
 I64 = npt.NDArray[np.int64]
 
 
 @cache
 def digits_once() -> ImageData:
-    return load("digits", None)
+    return load(Data(dataset="digits"))
 
 
 @pytest.fixture
@@ -136,7 +141,7 @@ def test_a_batch_normalises_each_channel() -> None:
 def test_batches_do_not_alter_the_split(digits: ImageData) -> None:
     before = digits.train.images.clone()
     samples = np.arange(8)
-    digits.train.batch(samples, samples, 0, digits.augmentation)[0].zero_()
+    digits.train.batch(samples, samples, 0, digits.train.augmentation)[0].zero_()
     assert torch.equal(before, digits.train.images)
 
 
@@ -144,7 +149,7 @@ def test_a_batch_refuses_what_it_has_not(digits: ImageData) -> None:
     with pytest.raises(IndexError):
         digits.train.batch(np.array([1437]))
     with pytest.raises(ValueError, match="epoch"):
-        digits.train.batch(np.array([0]), augment=digits.augmentation)
+        digits.train.batch(np.array([0]), augment=digits.train.augmentation)
 
 
 @pytest.mark.parametrize(
@@ -178,17 +183,32 @@ def test_a_split_that_does_not_fit_itself(
 # ---- registry and sizes -------------------------------------------------------------------------
 
 
-def test_sizes_and_loaders_name_the_same_data_sets(digits: ImageData) -> None:
-    assert set(LOADABLE) == LOADERS.keys()
-    assert LOADERS.keys() <= TRAIN_SIZES.keys()
-    assert train_size("digits", None) == len(digits.train)
-    assert train_size("mnist", None) == 60_000
+def test_the_table_has_the_published_sizes(digits: ImageData) -> None:
+    assert train_size(Data(dataset="digits")) == len(digits.train)
+    assert train_size(Data(dataset="mnist")) == 60_000
+    assert train_size(Data(dataset="cifar100")) == 50_000
+    assert train_size(Data(dataset="imagenet")) == 1_281_167
+    assert train_size(Data(dataset="synthetic", size=77)) == 77
 
 
-@pytest.mark.parametrize("ask", [load, train_size])
-def test_an_unknown_data_set_is_answered_with_the_valid_ones(ask: Callable[..., object]) -> None:
-    with pytest.raises(DataError, match="'cifar'; valid: cifar10, "):
-        ask("cifar", None)
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_data_set_has_its_loader(name: str) -> None:
+    assert callable(import_module(DATASETS[name].module).load)
+    assert DATASETS[name].takes <= set(OPTIONAL)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"dataset": "cifar"}, r"not known \(did you mean cifar10\?\); valid: digits, "),
+        ({"dataset": "mnist", "size": 5}, "data.size = 5 has no meaning .* = mnist; it belongs to"),
+        ({"dataset": "digits", "root": "/x"}, "data.root = /x has no meaning"),
+        ({"dataset": "digits", "augment": False, "cutout": 3}, "needs data.augment = true"),
+    ],
+)
+def test_keys_that_do_not_fit_the_data_set(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Data(**keys)
 
 
 @pytest.mark.parametrize(
@@ -234,34 +254,34 @@ def write_mnist(folder: Path, joint: str = "-", zipped: bool = False) -> dict[st
 @pytest.mark.parametrize("folder", [".", "raw", "MNIST/raw"])
 def test_mnist_is_found_and_read(tmp_path: Path, folder: str, joint: str, zipped: bool) -> None:
     write_mnist(tmp_path / folder, joint, zipped)
-    data, arrays = load("mnist", tmp_path), sample_arrays()
+    data, arrays = load(Data(dataset="mnist", root=str(tmp_path))), sample_arrays()
     assert (data.name, data.num_classes, data.shape) == ("mnist", 10, (1, 28, 28))
     for split, part in ((data.train, "train"), (data.test, "t10k")):
         assert np.array_equal(split.images[:, 0].numpy(), arrays[f"{part}-images"])
         assert np.array_equal(split.labels.numpy(), arrays[f"{part}-labels"])
-    assert train_size("mnist", str(tmp_path)) == 30
+    assert train_size(Data(dataset="mnist", root=str(tmp_path))) == 30
 
 
 def test_what_a_file_is_counts_more_than_what_it_is_called(tmp_path: Path) -> None:
     """Browsers unpack .gz downloads and keep the name."""
     paths = write_mnist(tmp_path, zipped=True)
     paths["train-images"].write_bytes(gzip.decompress(paths["train-images"].read_bytes()))
-    assert len(load("mnist", tmp_path).train) == 30
+    assert len(load(Data(dataset="mnist", root=str(tmp_path))).train) == 30
 
 
 def test_the_size_needs_only_one_file(tmp_path: Path) -> None:
     paths = write_mnist(tmp_path)
     paths["train-images"].unlink()
-    assert train_size("mnist", str(tmp_path)) == 30
+    assert train_size(Data(dataset="mnist", root=str(tmp_path))) == 30
     paths["train-labels"].unlink()
-    assert train_size("mnist", str(tmp_path)) == 60_000
-    assert train_size("mnist", str(tmp_path / "nowhere")) == 60_000
+    assert train_size(Data(dataset="mnist", root=str(tmp_path))) == 60_000
+    assert train_size(Data(dataset="mnist", root=str(tmp_path / "nowhere"))) == 60_000
 
 
 def test_a_missing_root_says_what_belongs_there(tmp_path: Path) -> None:
     for root, message in ((None, "data.root is not set"), (tmp_path / "no", "not a directory")):
         with pytest.raises(DataError, match=message) as caught:
-            load("mnist", root)
+            load(Data(dataset="mnist", root=None if root is None else str(root)))
         assert "train-images-idx3-ubyte" in str(caught.value)
         assert "LeCun" in str(caught.value)
 
@@ -269,7 +289,7 @@ def test_a_missing_root_says_what_belongs_there(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     write_mnist(tmp_path)["t10k-labels"].unlink()
     with pytest.raises(DataError, match=r"^t10k-labels-idx1-ubyte not found in"):
-        load("mnist", tmp_path)
+        load(Data(dataset="mnist", root=str(tmp_path)))
 
 
 IMAGES = idx_bytes(sample_arrays()["train-images"])
@@ -302,7 +322,7 @@ def test_a_file_that_is_not_mnist(
     path = write_mnist(tmp_path)[part]
     path.write_bytes(gzip.compress(data) if zipped else data)
     with pytest.raises(DataError, match=message) as caught:
-        load("mnist", tmp_path)
+        load(Data(dataset="mnist", root=str(tmp_path)))
     assert str(path) in str(caught.value)
     assert "fresh copy" in str(caught.value) or "same copy" in str(caught.value)
 
@@ -323,7 +343,7 @@ def test_corrupt_gzip(tmp_path: Path, data: bytes) -> None:
     path = write_mnist(tmp_path, zipped=True)["train-images"]
     path.write_bytes(data)
     with pytest.raises(DataError, match="corrupt gzip data") as caught:
-        load("mnist", tmp_path)
+        load(Data(dataset="mnist", root=str(tmp_path)))
     assert str(path) in str(caught.value)
 
 
@@ -382,7 +402,7 @@ def test_a_directory_in_place_of_a_file_is_missing(tmp_path: Path) -> None:
     path.unlink()
     path.mkdir()
     with pytest.raises(DataError, match="train-labels-idx1-ubyte not found"):
-        load("mnist", tmp_path)
+        load(Data(dataset="mnist", root=str(tmp_path)))
     with pytest.raises(DataError, match="cannot be read"):
         read_idx(path, ())
 
@@ -403,11 +423,11 @@ def test_pixels_do_not_depend_on_the_batch(cuts: list[int], order: list[int], se
     data = digits_once()
     samples = np.random.default_rng(seed).integers(0, 1437, 64)
     epochs = np.random.default_rng(seed + 1).integers(0, 40, 64)
-    whole, _ = data.train.batch(samples, epochs, seed, data.augmentation)
+    whole, _ = data.train.batch(samples, epochs, seed, data.train.augmentation)
     bounds = sorted({0, 64, *cuts})
     for low, high in pairwise(bounds):
         some = np.array(order[low:high])
-        part, _ = data.train.batch(samples[some], epochs[some], seed, data.augmentation)
+        part, _ = data.train.batch(samples[some], epochs[some], seed, data.train.augmentation)
         assert torch.equal(part, whole[torch.from_numpy(some)])
 
 
@@ -417,7 +437,7 @@ def test_pixels_do_not_depend_on_the_number_of_threads(digits: ImageData) -> Non
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            batches.append(digits.train.batch(samples, samples, 0, digits.augmentation)[0])
+            batches.append(digits.train.batch(samples, samples, 0, digits.train.augmentation)[0])
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(batches[0], batches[1])
@@ -503,6 +523,73 @@ def test_draws_are_even_and_apart() -> None:
         draws(0, epochs, samples, 17, stream=1)
 
 
+# ---- crop, flip, cutout -------------------------------------------------------------------------
+
+AUGMENTATIONS = [
+    CropFlip(),
+    CropFlip(2, flip=False),
+    Cutout(5, (1.0, 2.0, 3.0)),
+    Compose((CropFlip(3), Cutout(4, (9.0, 9.0, 9.0)))),
+    with_cutout(Affine(), 6, (0.1, 0.5, 0.9)),
+]
+
+
+def pictures(count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, 12, 16), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS, ids=str)
+@given(order=st.permutations(range(24)), cut=st.integers(1, 23), seed=st.integers(0, 2**40))
+@settings(deadline=None, max_examples=15)
+def test_augmented_pixels_belong_to_the_sample_alone(
+    augment: Any, order: list[int], cut: int, seed: int
+) -> None:
+    images, samples = pictures(24), np.arange(24) * 3
+    epochs = np.random.default_rng(seed).integers(0, 50, 24)
+    whole = augment(images.clone(), seed, epochs, samples)
+    for some in (np.array(order[:cut]), np.array(order[cut:])):
+        part = augment(images[torch.from_numpy(some)], seed, epochs[some], samples[some])
+        assert torch.equal(part, whole[torch.from_numpy(some)])
+
+
+def test_crops_are_what_slicing_gives() -> None:
+    """Against plain slices of an image with a border, from the same random numbers."""
+    images, count, border = pictures(200), 200, 4
+    epochs, samples = np.arange(count) % 7, np.arange(count)
+    found = CropFlip(border)(images.clone(), 11, epochs, samples)
+    bordered = torch.nn.functional.pad(images, (border,) * 4)
+    random = (draws(11, epochs, samples, 3, stream=2) + 1) / 2
+    seen = set()
+    for i in range(count):
+        top, left = (int(value * (2 * border + 1)) for value in random[:2, i])
+        flips = random[2, i] < 0.5
+        expected = bordered[i, :, top : top + 12, left : left + 16]
+        assert torch.equal(found[i], expected.flip(-1) if flips else expected)
+        seen.add((top, left, bool(flips)))
+    assert {top for top, _, _ in seen} == {left for _, left, _ in seen} == set(range(9))
+    assert 60 < int((random[2] < 0.5).sum()) < 140
+
+
+def test_without_a_border_or_flips_nothing_changes() -> None:
+    images, samples = pictures(5), np.arange(5)
+    assert torch.equal(CropFlip(0, flip=False)(images, 0, samples, samples), images)
+
+
+def test_cutout_wipes_one_square_and_nothing_else() -> None:
+    images = torch.full((400, 3, 12, 16), 200, dtype=torch.uint8)
+    samples = np.arange(400)
+    found = Cutout(5, (1.4, 2.0, 3.0))(images, 0, samples, samples)
+    wiped = found[:, 0] == 1
+    assert torch.equal(wiped, found[:, 1] == 2)
+    assert torch.equal(found[:, 2] != 3, found[:, 0] == 200)
+    rows, columns = wiped.any(2).sum(1), wiped.any(1).sum(1)
+    assert torch.equal(rows * columns, wiped.sum((1, 2)))  # a rectangle
+    assert int(rows.max()) == int(columns.max()) == 5
+    assert int(rows.min()) == int(columns.min()) == 3  # the centre is always inside
+    assert 0.4 < float(((rows == 5) & (columns == 5)).float().mean()) < 0.6  # 8/12 × 12/16
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_lenet5_learns_augmented_digits(digits: ImageData) -> None:
@@ -515,7 +602,9 @@ def accuracy_after_training(data: ImageData, seed: int) -> float:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     sampler = GlobalBatchSampler(len(data.train), seed, 64)
     for micro in sampler.micro_batches(0, 30 * len(data.train)):
-        images, labels = data.train.batch(micro.samples, micro.epochs, seed, data.augmentation)
+        images, labels = data.train.batch(
+            micro.samples, micro.epochs, seed, data.train.augmentation
+        )
         optimizer.zero_grad()
         cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from harness.config import dump_config, load_config
@@ -283,8 +284,13 @@ def test_lars_with_a_preset_and_a_key_of_its_own() -> None:
 
 def test_options_of_lars_that_exclude_each_other() -> None:
     raw = {"name": "lars", "preset": "larc", "denominator": "decayed"}
-    with pytest.raises(ConfigError, match="decay_at_zero_norm"):
-        build_optimizer(net(), made(raw))
+    with pytest.raises(ValidationError, match=r"which optimizer\.preset = larc sets to false"):
+        made(raw)
+    with pytest.raises(ValidationError, match="which here sets to false"):
+        made({"name": "lars", "denominator": "decayed", "decay_at_zero_norm": False})
+    build_optimizer(net(), made(raw | {"decay_at_zero_norm": True}))
+    with pytest.raises(ValueError, match="decay_at_zero_norm"):
+        LARS(net().parameters(), 0.1, denominator="decayed", decay_at_zero_norm=False)
 
 
 def test_lamb_with_its_options() -> None:

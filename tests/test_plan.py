@@ -713,7 +713,7 @@ def test_a_recipe_says_where_it_comes_from(capsys: pytest.CaptureFixture[str]) -
             [str(DEMO), "batch.growth.factor=0.5"],
             "batch.growth.factor: must be at least 1, not 0.5",
         ),
-        ([str(DEMO), "data.dataset=cifar"], "unknown data set 'cifar'; valid: cifar10, "),
+        ([str(DEMO), "data.dataset=cifar"], "not known (did you mean cifar10?); valid: digits, "),
         ([str(DEMO), "lr.on_growth=1e20"], "the learning rate is past 3.4e38 in stage 2"),
         ([str(DEMO), "train.duration=100sa"], "lr.warmup.duration = 2ep is longer than"),
     ],

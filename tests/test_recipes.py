@@ -43,12 +43,12 @@ def recipe(name: str) -> Config:
 
 def plan(name: str) -> Plan:
     config = recipe(name)
-    return build_plan(config, train_size(config.data.dataset, None))
+    return build_plan(config, train_size(config.data))
 
 
 def rate(config: Config, epoch: float) -> float:
     """The rate of the update that starts at an epoch."""
-    size = train_size(config.data.dataset, None)
+    size = train_size(config.data)
     clock = Clock(ceil(epoch * size), 0, size)
     return rate_schedule(config).at(clock, stage_scheduler(config.batch).decide(clock)).lr
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from harness.comm import SoloCommunicator
+from harness.compression import Compression
+from harness.errors import HarnessError
 from harness.reducer import GradientReducer, Reduced
 
 
@@ -321,3 +323,200 @@ def test_refusals() -> None:
         GradientReducer(network().double(), SoloCommunicator())
     with pytest.raises(ValueError, match="cannot be compressed"):
         GradientReducer(network(), SoloCommunicator(), "fp16", 4 << 20, "exact")
+
+
+# ---- gradients that share memory ----------------------------------------------------------------
+
+
+class Sum(nn.Module):
+    """Adds up two parameters: autograd gives both the same memory as their gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.a.view(-1) + self.b.view(-1)) * x[:, :6]
+
+
+class Correction(nn.Module):
+    """Of w, a view of the gradient that is still on its way back to u and v."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.u, self.v = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.randn(2, 4))
+        self.w = nn.Parameter(torch.randn(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.u @ self.v + self.w.view(6, 4))
+
+
+class Positions(nn.Module):
+    """As a vision transformer adds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.where, self.what = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.where.unsqueeze(0) + self.what.unsqueeze(0)
+        return self.head(torch.tanh(x + both))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 256.0])
+@pytest.mark.parametrize("bucket_bytes", [1, 4 << 20])
+@pytest.mark.parametrize("compression", ["none", "fp16", "fp16_feedback"])
+@pytest.mark.parametrize("kind", [Sum, Correction, Positions])
+def test_gradients_that_share_memory(
+    kind: type[nn.Module], compression: Compression, bucket_bytes: int, loss_scale: float
+) -> None:
+    """From the second update on fp16 scales what it sends."""
+    model, plain = kind(), kind()
+    reducer = GradientReducer(model, SoloCommunicator(), compression, bucket_bytes)
+    images, _ = batch(3)
+    plain(images).square().sum().backward()
+    for _ in range(3):
+        reducer.start(2, loss_scale=loss_scale)
+        for part in images.split([1, 2]):
+            reducer.backward(model(part).square().sum())
+        reducer.finish()
+        for found, wanted in zip(gradients(model), gradients(plain), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3)
+        reducer.start(1, loss_scale=loss_scale)
+        reducer.backward(model(images).square().sum())
+        reducer.finish()
+        for found, wanted in zip(gradients(model), gradients(plain), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3)
+
+
+# ---- misuse, and what changes on the way --------------------------------------------------------
+
+
+class Waiting(SoloCommunicator):
+    """Counts what is under way."""
+
+    def __init__(self) -> None:
+        self.under_way: set[str] = set()
+
+    def allreduce_async(self, tensor: Tensor, name: str) -> str:
+        assert name not in self.under_way, "Horovod refuses a second one of the same name"
+        self.under_way.add(name)
+        return name
+
+    def wait(self, handle: str) -> None:
+        self.under_way.remove(handle)
+
+
+@pytest.mark.parametrize("compression", ["none", "fp16", "fp16_feedback"])
+def test_an_update_that_is_given_up_leaves_nothing_behind(compression: Compression) -> None:
+    comm, model = Waiting(), network()
+    reducer = GradientReducer(model, comm, compression, bucket_bytes=1)
+    reference = run_update(model, reducer, [3, 2]).grad_norm
+    wanted = gradients(model)
+    images, _ = batch(5)
+    reducer.start(1)
+    reducer.backward(1000 * model(images).square().sum())
+    assert comm.under_way
+    tolerance = 1e-6 if compression == "none" else 2e-2
+    again = run_update(model, reducer, [3, 2])
+    assert again.grad_norm == pytest.approx(reference, rel=tolerance)
+    if compression == "none":
+        assert all(torch.equal(a, b) for a, b in zip(gradients(model), wanted, strict=True))
+    assert not comm.under_way
+
+
+def test_two_reducers_under_way_have_names_of_their_own() -> None:
+    comm, models = Waiting(), (network(0), network(1))
+    reducers = [GradientReducer(m, comm, name=f"m{i}") for i, m in enumerate(models)]
+    images, _ = batch(4)
+    for reducer, model in zip(reducers, models, strict=True):
+        reducer.start(1)
+        reducer.backward(model(images).square().sum())
+    for reducer in reducers:
+        assert reducer.finish().finite
+
+
+def test_finish_without_start_is_an_error() -> None:
+    reducer = GradientReducer(network(), SoloCommunicator())
+    with pytest.raises(RuntimeError, match=r"finish\(\) without start\(\)"):
+        reducer.finish()
+    run_update(network(), GradientReducer(network(), SoloCommunicator()), [])
+    reducer.start(0)
+    reducer.finish()
+    with pytest.raises(RuntimeError, match=r"finish\(\) without start\(\)"):
+        reducer.finish()
+
+
+def test_a_parameter_that_is_unfrozen_later_is_an_error() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    reducer = GradientReducer(model, SoloCommunicator())
+    run_update(model, reducer, [2, 2])
+    model[0].weight.requires_grad_(True)
+    with pytest.raises(HarnessError, match=r"0\.weight was frozen when training began"):
+        run_update(model, reducer, [4])
+
+
+def test_a_parameter_that_is_frozen_later_has_no_gradient() -> None:
+    model = network()
+    reducer = GradientReducer(model, SoloCommunicator())
+    run_update(model, reducer, [4])
+    model[0].requires_grad_(False)
+    run_update(model, reducer, [2, 2])
+    assert [p.grad is None for p in model.parameters()] == [True, True, *4 * [False]]
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 4 << 20])
+def test_the_limit_of_exact_sums_does_not_depend_on_the_buckets(bucket_bytes: int) -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(30)))
+    reducer = GradientReducer(model, SoloCommunicator(), "none", bucket_bytes, "exact")
+    for size, problem in ((4000.0, None), (4100.0, "gradients may add up to 4100")):
+        reducer.start(1)
+        reducer.backward(sum((size * p).sum() for p in model.parameters()))  # type: ignore[arg-type]
+        found = reducer.finish().problem
+        assert found is None if problem is None else problem in str(found)
+    reducer.start(1)
+    reducer.backward(sum((math.nan * p).sum() for p in model[:3].parameters()))  # type: ignore[arg-type]
+    assert reducer.finish().problem == "a gradient is inf or NaN"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"compression": "bf16"}, {"compression": "FP16"}, {"summation": "exakt"}],
+    ids=str,
+)
+def test_settings_that_are_not_known_are_refused(setting: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        GradientReducer(network(), SoloCommunicator(), **setting)  # type: ignore[arg-type]
+
+
+def test_a_model_without_trainable_parameters_can_be_scaled() -> None:
+    model = network().requires_grad_(False)
+    reducer = GradientReducer(model, SoloCommunicator())
+    reducer.start(0)
+    assert reducer.finish().grad_norm == 0
+    reducer.scale_gradients(0.5)
+
+
+def test_a_micro_batch_without_samples_adds_nothing() -> None:
+    wanted = reference(5)
+    for order in ((None, 5), (5, None), (2, None, 3)):
+        model = network()
+        reducer = GradientReducer(model, SoloCommunicator(), bucket_bytes=64)
+        images, labels = batch(5)
+        reducer.start(len(order))
+        at = 0
+        for count in order:
+            if count is None:
+                reducer.backward(None)
+                continue
+            part = slice(at, at + count)
+            at += count
+            loss = functional.cross_entropy(model(images[part]), labels[part], reduction="sum")
+            reducer.backward(loss / 5)
+        assert reducer.finish().finite
+        for found, right in zip(gradients(model), wanted, strict=True):
+            torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-6)

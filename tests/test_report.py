@@ -105,6 +105,7 @@ class Simulation:
             epoch=self.samples / SIZE,
             loss=0.06 + 2.2 * math.exp(-8 * done),
             accuracy=round(accuracy * 360) / 360,
+            accuracy_top5=round((1 + accuracy) / 2 * 360) / 360,
         )
 
     def window(self, warm_up: bool) -> None:
@@ -185,6 +186,7 @@ class Simulation:
             checkpoint=f"update-{self.update:08}.pt",
         )
         self.tell("skipped_update", samples_seen=self.samples, reason="gradient overflow in fp16")
+        self.tell("corrupt_image", samples_seen=self.samples, reason="train/3/x.jpg: truncated")
 
     def config(self) -> dict[str, Any]:
         return {
@@ -380,9 +382,11 @@ def test_every_number_equals_an_independent_computation(tmp_path: Path) -> None:
         "final_training_loss": run.metrics[-1]["loss"],
         "evaluations": len(evaluations),
         "final_test_accuracy": evaluations[-1]["accuracy"],
+        "final_test_accuracy_top5": evaluations[-1]["accuracy_top5"],
         "final_test_loss": evaluations[-1]["loss"],
         "final_test_samples_seen": evaluations[-1]["samples_seen"],
         "best_test_accuracy": best["accuracy"],
+        "best_test_accuracy_top5": best["accuracy_top5"],
         "best_test_loss": best["loss"],
         "best_test_samples_seen": best["samples_seen"],
         "images_per_sec_median": float(np.median(rates)),
@@ -401,6 +405,7 @@ def test_every_number_equals_an_independent_computation(tmp_path: Path) -> None:
         "continuations": 0,
         "stages_begun": 6,
         "updates_skipped": 1,
+        "images_left_out": 1,
         "checkpoints_written": sum(e["kind"] == "checkpoint" for e in run.events),
         "checkpoints_rejected": 1,
     }

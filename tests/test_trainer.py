@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,17 +23,18 @@ from torch import Tensor, nn
 from harness.checkpoint import load_state, newest_valid
 from harness.comm import SoloCommunicator
 from harness.comm.base import Communicator
-from harness.config import check_trainable, load_config
+from harness.config import load_config
 from harness.consistency import Divergence
 from harness.data.augment import Affine
-from harness.data.datasets import ImageData, ImageSplit
-from harness.errors import HarnessError, StoppedEarly, UsageError
+from harness.data.datasets import Deferred, ImageData, ImageSplit, Pending
+from harness.data.sampler import GlobalBatchSampler
+from harness.errors import HarnessError, StoppedEarly
 from harness.journal import Journal
 from harness.lars import LARS
 from harness.progress import Silent
 from harness.records import Position, RunDirectory, rewind
 from harness.schedule.plan import build_plan
-from harness.schema import Config
+from harness.schema import Config, Optimizer
 from harness.stop import StopRequest
 from harness.trainer import Trainer
 
@@ -55,10 +57,9 @@ class Spy(ImageSplit):
 
     asked: list[tuple[int, int]] = []  # noqa: RUF012 - the tests empty it
 
-    def batch(self, samples: Any, epochs: Any = None, *rest: Any) -> tuple[Tensor, Tensor]:
-        if epochs is not None:
-            self.asked.extend(zip(epochs.tolist(), samples.tolist(), strict=True))
-        return super().batch(samples, epochs, *rest)
+    def request(self, samples: Any, epochs: Any, *rest: Any) -> Pending:
+        self.asked.extend(zip(epochs.tolist(), samples.tolist(), strict=True))
+        return super().request(samples, epochs, *rest)
 
 
 def data(seed: int = 0) -> ImageData:
@@ -66,9 +67,9 @@ def data(seed: int = 0) -> ImageData:
     images = torch.randint(0, 256, (SIZE, 1, 8, 8), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 4, (SIZE,), generator=generator)
     Spy.asked = []
-    split = Spy(images, labels, (0.5,), (0.3,))
+    split = Spy(images, labels, (0.5,), (0.3,), Affine())
     test = ImageSplit(images[:11], labels[:11], (0.5,), (0.3,))
-    return ImageData("tiny", split, test, 4, (1, 8, 8), Affine())
+    return ImageData("tiny", split, test, 4, (1, 8, 8))
 
 
 def model(seed: int = 0, dropout: float = 0.3) -> nn.Module:
@@ -318,12 +319,102 @@ def test_growth_by_measurement_stays_within_the_bounds_of_the_plan(tmp_path: Pat
         assert line["global_batch"] % 3 == 0
 
 
-@pytest.mark.parametrize(
-    "setting", ["data.dataset=fashion-mnist", "data.dataset=cifar10", "data.dataset=imagenet"]
-)
-def test_what_can_only_be_planned_is_refused_before_it_starts(setting: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="can be planned, but this version cannot train"):
-        check_trainable(config(tmp_path, setting))
+class Broken(ImageSplit):
+    """Some samples cannot be read."""
+
+    broken = frozenset({1, 4, 8, 10, 29})
+
+    def request(self, samples: Any, epochs: Any, seed: int, *rest: Any) -> Pending:
+        good = np.array([sample not in self.broken for sample in samples.tolist()], dtype=bool)
+        why = tuple(f"sample {sample}: broken" for sample in samples[~good].tolist())
+        pending = super().request(samples[good], epochs[good], seed, *rest)
+        return Deferred(lambda: replace(pending.take(), corrupt=why))
+
+
+def broken_data() -> ImageData:
+    whole = data()
+    assert isinstance(whole.train, ImageSplit)
+    split = Broken(whole.train.images, whole.train.labels, (0.5,), (0.3,), Affine())
+    test = Broken(whole.train.images[:11], whole.train.labels[:11], (0.5,), (0.3,))
+    return replace(whole, train=split, test=test)
+
+
+def plain_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+
+
+PLAIN = ("batch={initial: 6, micro: 2}", "comm.compression=none", "train.duration=4ep")
+
+
+def test_what_cannot_be_read_is_left_out_of_the_mean_and_recorded(tmp_path: Path) -> None:
+    rate = ("lr.base=0.1", "lr.warmup=null", "lr.decay={kind: none}")
+    cfg = config(tmp_path, *PLAIN, *rate, "train.duration=1up", "data.augment=false")
+    cfg = cfg.model_copy(update={"optimizer": Optimizer()})
+    content, net = broken_data(), plain_model()
+    (micro,) = GlobalBatchSampler(SIZE, cfg.seed, 6).micro_batches(0, 6)
+    assert 0 < len(Broken.broken & set(micro.samples.tolist())) < 6
+    kept = np.array([sample for sample in micro.samples if sample not in Broken.broken])
+    images, labels = content.train.batch(kept)  # type: ignore[attr-defined]
+    expected = copy.deepcopy(net)
+    loss = torch.nn.functional.cross_entropy(expected(images), labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = torch.cat([p.grad.flatten() for p in expected.parameters() if p.grad is not None])
+    torch.optim.SGD(expected.parameters(), lr=0.1).step()
+
+    run(build(cfg, tmp_path, content, net, SoloCommunicator(), None, None, Position()))
+    for found, wanted in zip(net.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted)
+    line = read(tmp_path / "metrics.jsonl")[-1]
+    assert line["loss"] == pytest.approx(float(loss.detach()))
+    assert line["grad_norm"] == pytest.approx(float(gradients.norm()))
+    events = read(tmp_path / "events.jsonl")
+    told = [event["reason"] for event in events if event["kind"] == "corrupt_image"]
+    assert told == [f"sample {s}: broken" for s in sorted(set(micro.samples) & Broken.broken)]
+    evaluation = next(event for event in events if event["kind"] == "evaluation")
+    assert evaluation["corrupt"] == 4
+    with torch.no_grad():
+        good = np.array([sample for sample in range(11) if sample not in Broken.broken])
+        images, labels = content.train.batch(good)  # type: ignore[attr-defined]
+        right = float((net(images).argmax(1) == labels).float().mean())
+    assert evaluation["accuracy"] == pytest.approx(right)
+    assert events[-1]["corrupt"] == len(told)
+
+
+def test_left_out_samples_are_the_same_on_any_ranks_and_after_a_stop(tmp_path: Path) -> None:
+    cfg = config(tmp_path, *PLAIN, "comm.summation=exact", "batch.micro=1")
+    runs = []
+    for ranks, stop in ((1, None), (3, None), (2, 5)):
+        directory = tmp_path / f"{ranks}"
+        nets = [plain_model() for _ in range(ranks)]
+        for resume in (False, True)[: 1 if stop is None else 2]:
+            state, position = prepare(directory, resume)
+
+            def act(comm: ThreadCommunicator) -> None:
+                request = None if stop is None or resume else StopAfter(stop)  # noqa: B023
+                mine = copy.deepcopy(state)  # noqa: B023
+                net = nets[comm.rank]  # noqa: B023
+                content = broken_data()
+                trainer = build(cfg, directory, content, net, comm, request, mine, position)  # noqa: B023
+                with suppress(StoppedEarly):
+                    run(trainer)
+
+            run_ranks(ranks, act)
+        told = [e for e in comparable(directory) if e.get("kind") == "corrupt_image"]
+        weights = torch.cat([p.detach().flatten() for p in nets[0].parameters()])
+        runs.append((told, weights))
+    assert len(runs[0][0]) == 4 * 5
+    for told, weights in runs[1:]:
+        assert told == runs[0][0]
+        assert torch.equal(weights, runs[0][1])
+
+
+def test_a_micro_batch_of_which_nothing_is_left(tmp_path: Path) -> None:
+    cfg = config(tmp_path, *PLAIN, "batch.initial=1", "batch.micro=1", "train.duration=1ep")
+    net = plain_model()
+    run(build(cfg, tmp_path, broken_data(), net, SoloCommunicator(), None, None, Position()))
+    assert read(tmp_path / "events.jsonl")[-1]["corrupt"] == 5
+    assert all(bool(p.isfinite().all()) for p in net.parameters())
 
 
 OPTIONS = {
@@ -409,7 +500,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path: Path) ->
 
 def test_divergence_ends_the_run_with_advice(tmp_path: Path) -> None:
     cfg = config(tmp_path, "lr={base: 1e30}", "train.checkpoint_every=null")
-    with pytest.raises(HarnessError, match=r"has diverged; lower lr\.base"):
+    with pytest.raises(HarnessError, match=r"inf or NaN\. If the run has diverged, lower lr\.base"):
         go(cfg, tmp_path / "run")
     events = read(tmp_path / "run" / "events.jsonl")
     assert len([e for e in events if e["kind"] == "skipped_update"]) == 10

@@ -86,6 +86,20 @@ def broadcast_bytes(comm: Communicator, content: bytes | None, name: str) -> byt
     return content if content is not None else payload.numpy().tobytes()
 
 
+def allgather_bytes(comm: Communicator, content: bytes, name: str) -> list[bytes]:
+    """All ranks' bytes: each rank writes its own row of a table of zeros, and the tables add up."""
+    lengths = torch.zeros(comm.size, dtype=torch.int64)
+    lengths[comm.rank] = len(content)
+    allreduce(comm, lengths, f"{name}.lengths")
+    # Horovod adds up no type of one byte.
+    table = torch.zeros(comm.size, int(lengths.max()), dtype=torch.int32)
+    table[comm.rank, : len(content)] = torch.tensor(list(content), dtype=torch.int32)
+    allreduce(comm, table, name)
+    return [
+        bytes(row[:length].tolist()) for row, length in zip(table, lengths.tolist(), strict=True)
+    ]
+
+
 def device_of_rank(local_rank: int, carries_gpus: bool) -> torch.device:
     """See ``Communicator.device``.
 

@@ -13,7 +13,7 @@ from horovod.common.exceptions import HorovodInternalError
 from harness import environment
 from harness.comm.base import Handle, device_of_rank
 from harness.comm.topology import gather_topology
-from harness.errors import PeerLost
+from harness.errors import HarnessError, PeerLost
 from harness.schema import Comm
 
 
@@ -93,4 +93,6 @@ def _naming_the_cause() -> Iterator[None]:
     try:
         yield
     except HorovodInternalError as error:
+        if "Mismatched" in str(error):
+            raise HarnessError(f"the ranks do not do the same: {error}") from None
         raise PeerLost(f"another rank left in the middle of a collective: {error}") from None

@@ -12,7 +12,7 @@ import torch
 
 from harness import environment
 from harness.comm import mpi
-from harness.comm.base import Communicator, allreduce
+from harness.comm.base import Communicator, allgather_bytes
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ def gather_topology(comm: Communicator, through_mpi: bool = True) -> Topology:
     # Under torchrun, MPI may be there and have another idea of who takes part.
     if world is not None and world.Get_size() == comm.size:
         return _ordered(world.allgather(mine))
-    return _ordered(Place(**json.loads(text)) for text in _allgather(comm, _encoded(mine)))
+    told = allgather_bytes(comm, _encoded(mine), "topology")
+    return _ordered(Place(**json.loads(text)) for text in told)
 
 
 def _ordered(places: Iterable[Place]) -> Topology:
@@ -87,17 +88,3 @@ def _ordered(places: Iterable[Place]) -> Topology:
 
 def _encoded(place: Place) -> bytes:
     return json.dumps(asdict(place)).encode()
-
-
-def _allgather(comm: Communicator, content: bytes) -> list[bytes]:
-    """All ranks' bytes: each rank writes its own row of a table of zeros, and the tables add up."""
-    lengths = torch.zeros(comm.size, dtype=torch.int64)
-    lengths[comm.rank] = len(content)
-    allreduce(comm, lengths, "topology.lengths")
-    # Horovod adds up no type of one byte.
-    table = torch.zeros(comm.size, int(lengths.max()), dtype=torch.int32)
-    table[comm.rank, : len(content)] = torch.tensor(list(content), dtype=torch.int32)
-    allreduce(comm, table, "topology")
-    return [
-        bytes(row[:length].tolist()) for row, length in zip(table, lengths.tolist(), strict=True)
-    ]

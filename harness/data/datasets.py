@@ -1,4 +1,4 @@
-"""Image data sets held in memory as bytes, and the registry of those that can be named."""
+"""What a data set is to a trainer, images that lie in memory as bytes, and loading by name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +14,65 @@ import torch
 from torch import Tensor
 
 from harness.data.augment import Augmentation
-from harness.data_sizes import check_loadable
+from harness.dataset_table import DATASETS
+from harness.schema import Data
 
 I64 = npt.NDArray[np.int64]
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A micro-batch on its device."""
+
+    images: Tensor
+    """Normalised float32 (k, C, H, W)."""
+    labels: Tensor
+    """int64 (k,)."""
+    corrupt: tuple[str, ...] = ()
+    """Samples that were asked for and left out, each with its name and what is wrong with it;
+    k + len(corrupt) were asked for."""
+
+
+class Pending(Protocol):
+    """A micro-batch that has been asked for."""
+
+    def take(self) -> Batch:
+        """Wait for it. Raises DataError if it cannot be had. At most once."""
+        ...
+
+    def cancel(self) -> None:
+        """Instead of `take`: it is not wanted any more."""
+        ...
+
+
+class Split(Protocol):
+    """The samples of one split, by number. Can be pickled; large arrays are numpy's or torch's."""
+
+    @property
+    def ahead(self) -> int:
+        """How many micro-batches to ask for ahead of the one that is taken, so that they are ready
+        in time; 0 where that gains nothing."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def request(
+        self, samples: I64, epochs: I64, seed: int, augment: bool, device: torch.device
+    ) -> Pending:
+        """Ask for samples (m,), as training sees them with ``augment`` (random, but a function of
+        seed, epoch (m,) and sample only), else as evaluation does. Returns at once."""
+        ...
+
+    def close(self) -> None:
+        """Let go of worker processes, if there are any."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSplit:
-    """Images and labels of one split. Raises ValueError for tensors that do not fit each other."""
+    """Images and labels in memory. Raises ValueError for tensors that do not fit each other."""
 
     images: Tensor = field(repr=False)
     """uint8, shape (n, C, H, W)."""
@@ -31,6 +82,9 @@ class ImageSplit:
     """Per channel, of pixels in 0..1."""
     std: tuple[float, ...]
     """Per channel, of pixels in 0..1."""
+    augmentation: Augmentation | None = None
+    """What `request` with ``augment`` applies."""
+    ahead: int = 0
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
@@ -52,6 +106,7 @@ class ImageSplit:
         epochs: I64 | None = None,
         seed: int = 0,
         augment: Augmentation | None = None,
+        device: torch.device = CPU,
     ) -> tuple[Tensor, Tensor]:
         """Normalised float32 images (m, C, H, W) and int64 labels (m,) of the samples (m,).
 
@@ -60,20 +115,41 @@ class ImageSplit:
         outside the split.
         """
         index = torch.from_numpy(np.array(samples, dtype=np.int64))
-        images = self.images.index_select(0, index).to(torch.float32)
+        images = to_device(self.images.index_select(0, index), device)
+        labels = to_device(self.labels.index_select(0, index), device)
         if augment is not None:
             if epochs is None:
                 raise ValueError("augmentation needs the epoch of each sample")
             images = augment(images, seed, epochs, samples)
-        scale, shift = self._normalisation
-        return images.mul_(scale).add_(shift), self.labels.index_select(0, index)
+        return normalised(images, *self._normalisation), labels
+
+    def request(
+        self, samples: I64, epochs: I64, seed: int, augment: bool, device: torch.device
+    ) -> Pending:
+        """See `Split`."""
+        chosen = self.augmentation if augment else None
+        return Deferred(lambda: Batch(*self.batch(samples, epochs, seed, chosen, device)))
+
+    def close(self) -> None:
+        """See `Split`."""
 
     @cached_property
     def _normalisation(self) -> tuple[Tensor, Tensor]:
-        """(scale, shift) of shape (C, 1, 1): bytes × scale + shift is (pixel - mean) / std."""
-        mean = torch.tensor(self.mean, dtype=torch.float64).view(-1, 1, 1)
-        std = torch.tensor(self.std, dtype=torch.float64).view(-1, 1, 1)
-        return (1 / (255 * std)).to(torch.float32), (-mean / std).to(torch.float32)
+        return normalisation(self.mean, self.std)
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A micro-batch that is made when it is taken."""
+
+    make: Callable[[], Batch]
+
+    def take(self) -> Batch:
+        """See `Pending`."""
+        return self.make()
+
+    def cancel(self) -> None:
+        """See `Pending`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,28 +157,39 @@ class ImageData:
     """A data set: what a trainer needs to know of it."""
 
     name: str
-    train: ImageSplit
-    test: ImageSplit
+    train: Split
+    test: Split
     num_classes: int
     shape: tuple[int, int, int]
     """(C, H, W) of one image."""
-    augmentation: Augmentation
-    """The data set's own default, for ``data.augment: true``."""
 
 
-# name -> module with `load(root: Path | None) -> ImageData`; imported only when asked for, so that
-# scikit-learn need not be there for MNIST. harness/data_sizes.py has each one's training size.
-LOADERS = {
-    "digits": "harness.data.digits",
-    "mnist": "harness.data.mnist",
-}
+def load(data: Data) -> ImageData:
+    """Load what a configuration names; raises DataError for files that do not fit."""
+    # Imported only here, so that scikit-learn need not be there for MNIST.
+    loader: Callable[[Data], ImageData] = import_module(DATASETS[data.dataset].module).load
+    return loader(data)
 
 
-def load(name: str, root: Path | None) -> ImageData:
-    """Load a data set by name; raises DataError for an unknown name or files that do not fit."""
-    check_loadable(name)
-    loader: Callable[[Path | None], ImageData] = import_module(LOADERS[name]).load
-    return loader(root)
+def normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of shape (C, 1, 1): bytes × scale + shift is (pixel - mean) / std."""
+    means = torch.tensor(mean, dtype=torch.float64).view(-1, 1, 1)
+    stds = torch.tensor(std, dtype=torch.float64).view(-1, 1, 1)
+    return (1 / (255 * stds)).to(torch.float32), (-means / stds).to(torch.float32)
+
+
+def normalised(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """float32 images × scale + shift, of bytes or float32 (m, C, H, W), which may be overwritten;
+    scale and shift are (C, 1, 1)."""
+    scale, shift = scale.to(images.device), shift.to(images.device)
+    return images.to(torch.float32).mul_(scale).add_(shift)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; a copy to a GPU leaves from pinned memory and is not waited for."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -8,32 +8,39 @@ that split and pixels stay the same whatever the versions of scikit-learn, numpy
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from harness.data.augment import Affine
+from harness.data.augment import Affine, with_cutout
 from harness.data.datasets import ImageData, ImageSplit
 from harness.data.sampler import permute
-from harness.data_sizes import TRAIN_SIZES
 from harness.errors import DataError
 from harness.keyed import fold_key
+from harness.schema import Data
 
 I64 = npt.NDArray[np.int64]
 
-_SIDE, _BRIGHTEST, _COUNT = 8, 16, 1797
+_SIDE, _BRIGHTEST, _COUNT, _TEST = 8, 16, 1797, 360
 _ENLARGED = 28
+IMAGE_SHAPE = (1, _ENLARGED, _ENLARGED)
 _SPLIT_KEY = 0x64696769
 
 
-def load(root: Path | None) -> ImageData:
-    """The data set; ``root`` is not used. Raises DataError if scikit-learn cannot provide it."""
-    del root
+def load(data: Data) -> ImageData:
+    """The data set. Raises DataError if scikit-learn cannot provide it."""
+    train, test = splits()
+    augmentation = with_cutout(Affine(), data.cutout, train.mean)
+    return ImageData("digits", replace(train, augmentation=augmentation), test, 10, IMAGE_SHAPE)
+
+
+def splits() -> tuple[ImageSplit, ImageSplit]:
+    """(train, test), without augmentation; raises DataError as `load`."""
     small, labels = _from_sklearn()
     images = enlarge(small)
-    train, test = stratified_split(labels, _COUNT - TRAIN_SIZES["digits"], _SPLIT_KEY)
+    train, test = stratified_split(labels, _TEST, _SPLIT_KEY)
     pixels = images[train].astype(np.int64)
     mean = float(pixels.sum() / pixels.size / 255)
     std = float(((pixels**2).sum() / pixels.size / 255**2 - mean**2) ** 0.5)
@@ -42,14 +49,7 @@ def load(root: Path | None) -> ImageData:
         chosen = torch.from_numpy(images[members][:, None])
         return ImageSplit(chosen, torch.from_numpy(labels[members]), (mean,), (std,))
 
-    return ImageData(
-        name="digits",
-        train=split(train),
-        test=split(test),
-        num_classes=10,
-        shape=(1, _ENLARGED, _ENLARGED),
-        augmentation=Affine(),
-    )
+    return split(train), split(test)
 
 
 def enlarge(small: I64) -> npt.NDArray[np.uint8]:

@@ -7,6 +7,8 @@ channels (the paper's option A).
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,6 +17,8 @@ WIDTHS = (16, 32, 64)
 
 
 class _Block(nn.Module):
+    last_norm: ClassVar[str] = "bn2"  # for model.zero_gamma
+
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)

@@ -30,6 +30,7 @@ class Evaluation:
     epoch: float | None
     loss: float | None
     accuracy: float | None
+    accuracy_top5: float | None
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def _evaluation(event: Record) -> Evaluation:
         epoch=number(event.get("epoch")),
         loss=number(event.get("loss")),
         accuracy=number(event.get("accuracy")),
+        accuracy_top5=number(event.get("accuracy_top5")),
     )
 
 

@@ -114,13 +114,17 @@ def updates_at_batch(
 
 def _accuracy(run: Run) -> Iterator[Number]:
     known = [e for e in run.evaluations if e.accuracy is not None]
-    final = known[-1] if known else Evaluation(None, None, None, None, None)
+    final = known[-1] if known else Evaluation(None, None, None, None, None, None)
     best = max(known, key=lambda e: e.accuracy or 0.0) if known else final
     lines = len(run.evaluations) if run.records.events else None
     at = "events.jsonl: {} of the {} evaluation"
     yield Number("evaluations", lines, "evaluations", "events.jsonl: lines of kind evaluation")
     for key, which, evaluation in (("final", "last", final), ("best", "most accurate", best)):
-        for field, unit in (("accuracy", "fraction"), ("loss", "nats")):
+        for field, unit in (
+            ("accuracy", "fraction"),
+            ("accuracy_top5", "fraction"),
+            ("loss", "nats"),
+        ):
             value = getattr(evaluation, field)
             yield Number(f"{key}_test_{field}", value, unit, at.format(field, which))
         source = at.format("samples_seen", which)
@@ -205,6 +209,7 @@ def _events(run: Run) -> Iterator[Number]:
     for name, kind, unit in (
         ("stages_begun", "stage", "stages"),
         ("updates_skipped", "skipped_update", "updates"),
+        ("images_left_out", "corrupt_image", "images"),
         ("checkpoints_written", "checkpoint", "checkpoints"),
         ("checkpoints_rejected", "checkpoint_rejected", "checkpoints"),
     ):
