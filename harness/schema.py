@@ -706,6 +706,11 @@ class Config(Section):
     def _consistent(self) -> Self:
         check_shares(self, self.ranks.start)
         self._check_lengths()
+        if isinstance(self.batch.growth, NoiseGrowth) and self.train.sync_batch_norm:
+            raise ValueError(
+                "batch.growth.policy = noise cannot measure with train.sync_batch_norm = true: the "
+                "micro-batches of an update are then no independent samples"
+            )
         if self.comm.backend == "solo" and self.ranks.ceiling > 1:
             raise ValueError(
                 f"comm.backend = solo is one process, but ranks asks for {self.ranks.ceiling}; "

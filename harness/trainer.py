@@ -293,8 +293,9 @@ class Trainer:
         """Forward and backward over this rank's micro-batches; returns their summed loss, and what
         could not be read."""
         # The norms of micro-batches tell the noise scale, if there is more than one to compare.
-        norms = size > self._config.batch.micro_batch
+        # With synchronised batch norm a micro-batch's gradient depends on the others'.
         ranks, rank, sync = self._comm.size, self._comm.rank, self._config.train.sync_batch_norm
+        norms = size > self._config.batch.micro_batch and not sync
         count = self._sampler.count(size, ranks, rank)
         # Synchronised layers are collectives: all ranks pass the model equally often.
         passes = self._sampler.count(size, ranks, 0) if sync else count
