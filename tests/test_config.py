@@ -131,7 +131,7 @@ FULL: dict[str, Any] = {
         "label_smoothing": 0.1,
         "channels_last": True,
         "compile": True,
-        "sync_batch_norm": True,
+        "sync_batch_norm": False,
         "layers_every": "2ep",
     },
 }
