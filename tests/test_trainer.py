@@ -430,6 +430,8 @@ OPTIONS = {
     "lamb": ("optimizer={name: lamb, nesterov: false}", "lr.base=0.01"),
     "feedback": ("comm.compression=fp16_feedback", "optimizer.clip_grad_norm=0.5"),
     "exact": ("comm={compression: none, summation: exact}",),
+    "fp16": ("train.precision=fp16", "train.label_smoothing=0.1"),
+    "bf16": ("train.precision=bf16", "comm.compression=none"),
 }
 
 

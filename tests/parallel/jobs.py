@@ -135,7 +135,15 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def trajectory(run_dir: Path) -> list[dict[str, Any]]:
     """Events that belong to the training, without wall-clock times."""
-    kinds = {"stage", "decision", "evaluation", "checkpoint", "skipped_update", "end"}
+    kinds = {
+        "stage",
+        "decision",
+        "evaluation",
+        "checkpoint",
+        "skipped_update",
+        "corrupt_image",
+        "end",
+    }
     return [timeless(r) for r in lines(run_dir / "events.jsonl") if r["kind"] in kinds]
 
 
