@@ -90,7 +90,7 @@ def ours(split: ImageSplit) -> Callable[[], Iterator[torch.Tensor]]:
 
     def once() -> Iterator[torch.Tensor]:
         seen = len(split) * next(epoch)
-        for _, batch in feed.update([(seen, len(split))]):
+        for _, batch in feed.update(seen, len(split)):
             yield batch.images
 
     return once

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,21 +19,18 @@ from harness.buffers import (
     restore_buffers,
     restore_residuals,
 )
-from harness.comm.base import Communicator, allgather_bytes
+from harness.comm.base import Communicator
 from harness.consistency import check_equal
-from harness.data.datasets import Batch, ImageData, Split
-from harness.data.feed import Feed
-from harness.data.sampler import GlobalBatchSampler, permute
+from harness.data.datasets import ImageData, Split
+from harness.data.sampler import permute
 from harness.errors import HarnessError, StoppedEarly
 from harness.evaluate import Evaluation, evaluate
-from harness.forward import ForwardPass
-from harness.gradstats import DistanceFromInit, clip_factor, layer_statistics
+from harness.gradient_step import Gradient, GradientStep
+from harness.gradstats import DistanceFromInit, layer_statistics
 from harness.journal import Journal
 from harness.keyed import fold_key
-from harness.optimizer import build_optimizer, set_rates
 from harness.profiler import PhaseClock
 from harness.progress import Display, Pace, Status
-from harness.reducer import GradientReducer, Reduced
 from harness.schedule.clock import Clock, step, update_size
 from harness.schedule.configured import rate_schedule, stage_scheduler
 from harness.schedule.growth import BatchDecision, Observation
@@ -78,29 +74,13 @@ class Trainer:
         self._end = run_end(config, size)
         self._scheduler = stage_scheduler(config.batch, self._agree)
         self._rates = rate_schedule(config)
-        self._sampler = GlobalBatchSampler(size, config.seed, config.batch.micro_batch)
-        self._feed = Feed(
-            data.train, self._sampler, comm.size, comm.rank, config.data.augment, comm.device
-        )
+        self._phases = PhaseClock()
         self._tuned = tuned
-        settings = config.comm if tuned is None else tuned.applied(config.comm)
-        self._reducer = GradientReducer(
-            model,
-            comm,
-            settings.compression,
-            int(settings.bucket_mb * 2**20),
-            settings.summation,
-        )
-        self._optimizer = build_optimizer(model, config)
-        self._forward = ForwardPass(model, config, data.num_classes, comm.device)
-        self._precision = self._forward.precision
+        self._step = GradientStep(config, data, model, comm, self._phases, tuned)
         self._noise = NoiseScale()
         self._initial = DistanceFromInit(model)
-        self._phases = PhaseClock()
         self._window = Window()
         self._pace = Pace()
-        nothing = torch.empty(0, *data.shape, device=comm.device)
-        self._nothing = Batch(nothing, nothing.new_empty(0, dtype=torch.int64))
         self._stage = -1
         self._skipped_in_a_row = 0
         self._train_seconds = 0.0
@@ -128,11 +108,9 @@ class Trainer:
         """Everything that the rest of the run depends on."""
         return {
             "model": self._model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "reducer": self._reducer.state_dict(),
+            **self._step.state_dict(),
             "tuned": None if self._tuned is None else self._tuned.as_dict(),
             "growth": self._scheduler.state_dict(),
-            "precision": self._precision.state_dict(),
             "noise": self._noise.state_dict(),
             "initial_weights": self._initial.state_dict(),
             "samples_seen": self.clock.samples,
@@ -156,11 +134,9 @@ class Trainer:
             )
         self._model.load_state_dict(state["model"])
         restore_buffers(self._model, state.get("rank_buffers"), self._comm)
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._reducer.load_state_dict(state["reducer"])
-        restore_residuals(self._reducer.residuals, state.get("rank_residuals"), self._comm)
+        self._step.load_state_dict(state)
+        restore_residuals(self._step.reducer.residuals, state.get("rank_residuals"), self._comm)
         self._scheduler.load_state_dict(state["growth"])
-        self._precision.load_state_dict(state["precision"])
         self._noise.load_state_dict(state["noise"])
         self._initial.load_state_dict(state["initial_weights"])
         self.clock = Clock(state["samples_seen"], state["update"], self.clock.dataset_size)
@@ -209,7 +185,7 @@ class Trainer:
             return self._measure(self._data.train, samples).loss
 
     def _measure(self, split: Split, samples: npt.NDArray[np.int64] | None = None) -> Evaluation:
-        shape, autocast = self._data.shape, self._precision.autocast
+        shape, autocast = self._data.shape, self._step.precision.autocast
         return evaluate(self._model, split, self._comm, samples, shape, autocast)
 
     def _enter_stage(self, decision: BatchDecision, pieces: Decomposition) -> None:
@@ -237,146 +213,78 @@ class Trainer:
         size = update_size(self.clock, decision.batch, epoch_end, self._end)
         rates = self._rates.at(self.clock, decision)
         self._phases.restart()
-        loss_sum, corrupt = self._accumulate(size, decision.batch)
-        asked_to_stop = float(self._stop.asked())
-        self._phases.mark("other")
-        reduced = self._reducer.finish([loss_sum, asked_to_stop, float(len(corrupt))])
-        self._phases.mark("comm_exposed")
+        gradient = self._step.gradient(
+            self.clock.samples, size, self._following(decision.batch), self._stop.asked
+        )
         before, self.clock = self.clock, step(self.clock, size)
-        kept = size - int(reduced.extras[2])
-        if kept < size:
-            reduced = self._without_corrupt(size, kept, corrupt, reduced)
-        self._observe(size, kept, reduced)
-        self._apply(rates, reduced)
+        self._note_corrupt(gradient)
+        self._observe(gradient)
+        self._apply(gradient, rates)
         self._phases.mark("optimizer")
-        self._account(size, kept, decision, pieces, rates, reduced)
+        self._account(gradient, decision, pieces, rates)
         news = self._milestones(before)
-        self._show(decision, pieces, reduced.extras[0] / max(kept, 1), news)
-        if reduced.extras[1] > 0 and not self._end.reached(self.clock):
+        self._show(decision, pieces, gradient.loss, news)
+        if gradient.stop_asked and not self._end.reached(self.clock):
             self._stop_with_checkpoint("asked to stop")
 
-    def _without_corrupt(
-        self, size: int, kept: int, corrupt: list[str], reduced: Reduced
-    ) -> Reduced:
-        """The mean over the samples that could be read, and a record of the others. Collective."""
-        told = allgather_bytes(self._comm, json.dumps(corrupt).encode(), "corrupt")
-        for reason in sorted(reason for content in told for reason in json.loads(content)):
+    def _following(self, batch: int) -> Iterator[tuple[int, int]]:
+        """(samples seen, size) of all updates after this one if the batch stays."""
+        clock, epoch_end = self.clock, self._config.batch.epoch_end
+        while True:
+            clock = step(clock, update_size(clock, batch, epoch_end, self._end))
+            if self._end.reached(clock):
+                return
+            yield clock.samples, update_size(clock, batch, epoch_end, self._end)
+
+    def _note_corrupt(self, gradient: Gradient) -> None:
+        self._corrupt += len(gradient.corrupt)
+        for reason in gradient.corrupt:
             self._journal.event(
                 "corrupt_image",
                 self.clock.updates,
                 samples_seen=self.clock.samples,
                 reason=reason,
             )
-        self._corrupt += size - kept
-        factor = size / max(kept, 1)
-        self._reducer.scale_gradients(factor)
-        norm2 = reduced.micro_norm2
-        return replace(
-            reduced,
-            grad_norm=reduced.grad_norm * factor,
-            micro_norm2=None if norm2 is None else norm2 * factor**2,
-        )
 
-    def _observe(self, size: int, kept: int, reduced: Reduced) -> None:
+    def _observe(self, gradient: Gradient) -> None:
         """Take notice of what this update has measured, and tell the growth policy."""
-        noise = None
+        noise, size, reduced = None, gradient.size, gradient.reduced
         if reduced.micro_norm2 is not None:
             micro = self._config.batch.micro_batch
             squares = size // micro * micro**2 + (size % micro) ** 2
             noise = self._noise.observe(
                 self.clock, size, squares, reduced.micro_norm2, reduced.grad_norm**2
             )
-        loss = reduced.extras[0] / max(kept, 1)
-        self._scheduler.observe(self.clock, Observation(size, loss, reduced.grad_norm, noise))
+        seen = Observation(size, gradient.loss, reduced.grad_norm, noise)
+        self._scheduler.observe(self.clock, seen)
 
-    def _accumulate(self, size: int, batch_size: int) -> tuple[float, list[str]]:
-        """Forward and backward over this rank's micro-batches; returns their summed loss, and what
-        could not be read."""
-        # The norms of micro-batches tell the noise scale, if there is more than one to compare.
-        # With synchronised batch norm a micro-batch's gradient depends on the others'.
-        ranks, rank, sync = self._comm.size, self._comm.rank, self._config.train.sync_batch_norm
-        norms = size > self._config.batch.micro_batch and not sync
-        count = self._sampler.count(size, ranks, rank)
-        # Synchronised layers are collectives: all ranks pass the model equally often.
-        passes = self._sampler.count(size, ranks, 0) if sync else count
-        scale = self._precision.loss_scale(size, self._config.batch.micro_batch)
-        self._reducer.start(passes, micro_norms=norms, loss_scale=scale)
-        total = torch.zeros((), dtype=torch.float64, device=self._comm.device)
-        corrupt: list[str] = []
-        for micro, batch in self._feed.update(self._spans(batch_size)):
-            corrupt += batch.corrupt
-            self._phases.mark("data")
-            if not len(batch.labels) and not sync:
-                self._reducer.backward(None)
-                continue
-            # Dropout and the like draw from a stream that belongs to the micro-batch, so they
-            # depend neither on the ranks nor on what this process ran before.
-            self._seed(fold_key(self._config.seed, micro.start) >> 1)
-            total += self._pass(batch, size)
-        for _ in range(passes - count):
-            self._pass(self._nothing, size)
-        return float(total), corrupt
-
-    def _pass(self, batch: Batch, size: int) -> torch.Tensor:
-        """Forward and backward; returns the summed loss."""
-        loss = self._forward.loss(batch)
-        self._phases.mark("forward")
-        # Summed loss over the samples of the whole update: ranks and micro-batches of unequal size
-        # then add up to the exact mean.
-        self._reducer.backward(loss / size)
-        self._phases.mark("backward")
-        return loss.detach()
-
-    def _spans(self, batch: int) -> Iterator[tuple[int, int]]:
-        """(samples seen, size) of this update and of all that follow if the batch stays."""
-        clock = self.clock
-        while not self._end.reached(clock):
-            size = update_size(clock, batch, self._config.batch.epoch_end, self._end)
-            yield clock.samples, size
-            clock = step(clock, size)
-
-    def _seed(self, seed: int) -> None:
-        torch.default_generator.manual_seed(seed)
-        if self._comm.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-
-    def _apply(self, rates: Rates, reduced: Reduced) -> None:
-        before = self._precision.scale
-        lowered = self._precision.adapt(reduced.finite)
-        if not reduced.finite:
-            self._skip(reduced, f"fp16's loss scale was {before:g}" if lowered else None)
+    def _apply(self, gradient: Gradient, rates: Rates) -> None:
+        skipped = self._step.apply(gradient, rates)
+        if skipped is None:
+            self._skipped_in_a_row = 0
             return
-        self._skipped_in_a_row = 0
-        set_rates(self._optimizer, rates.lr, rates.momentum)
-        limit = self._config.optimizer.clip_grad_norm
-        if limit is not None:
-            self._reducer.scale_gradients(clip_factor(reduced.grad_norm, limit))
-        self._optimizer.step()
-
-    def _skip(self, reduced: Reduced, excuse: str | None) -> None:
-        """``excuse``: what makes this a part of normal operation, and no sign of divergence."""
-        self._skipped_in_a_row += excuse is None
+        reason, normal = skipped
+        self._skipped_in_a_row += not normal
         self._journal.event(
             "skipped_update",
             self.clock.updates,
             samples_seen=self.clock.samples,
-            reason=f"{reduced.problem}{f'; {excuse}' if excuse else ''}",
+            reason=reason,
         )
         if self._skipped_in_a_row >= _MAX_SKIPPED:
             raise HarnessError(
                 f"{_MAX_SKIPPED} updates in a row were skipped, up to update {self.clock.updates}: "
-                f"{reduced.problem}. If the run has diverged, lower lr.base or warm up for longer"
+                f"{reason}. If the run has diverged, lower lr.base or warm up for longer"
             )
 
     def _account(
         self,
-        size: int,
-        kept: int,
+        gradient: Gradient,
         decision: BatchDecision,
         pieces: Decomposition,
         rates: Rates,
-        reduced: Reduced,
     ) -> None:
+        size, reduced = gradient.size, gradient.reduced
         seconds = self._phases.take()
         spent = sum(seconds.values())
         self._train_seconds += spent
@@ -395,7 +303,9 @@ class Trainer:
             "grad_norm": reduced.grad_norm,
             "noise_scale": self._noise.scale,
         }
-        self._window.add(size, kept, reduced.extras[0], reduced.bytes_sent, seconds, latest)
+        self._window.add(
+            size, gradient.kept, gradient.loss_sum, reduced.bytes_sent, seconds, latest
+        )
         if self._window.updates >= self._config.train.log_every:
             self._flush_window()
 
@@ -412,7 +322,7 @@ class Trainer:
                     "update": self.clock.updates,
                     "samples_seen": self.clock.samples,
                     "epoch": self.clock.epoch,
-                    "layers": layer_statistics(self._model, self._optimizer),
+                    "layers": layer_statistics(self._model, self._step.optimizer),
                 }
             )
 
@@ -453,9 +363,9 @@ class Trainer:
     def _save(self) -> None:
         if self._saved_at == self.clock.updates:
             return
-        check_equal(self._model, self._optimizer, self._comm, self.clock.updates)
+        check_equal(self._model, self._step.optimizer, self._comm, self.clock.updates)
         table = gather_buffers(self._model, self._comm)
-        residuals = gather_residuals(self._reducer.residuals, self._comm)
+        residuals = gather_residuals(self._step.reducer.residuals, self._comm)
         with averaged_buffers(self._model, table):
             state = {**self.state_dict(), "rank_buffers": table, "rank_residuals": residuals}
             self._journal.save(self.clock.updates, self.clock.samples, state)

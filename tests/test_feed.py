@@ -98,7 +98,7 @@ def test_what_comes_out_is_what_the_sampler_says(
             "nothing": iter([(seen, size)]),
         }[guess]
         wanted = list(sampler.micro_batches(seen, size, ranks, rank))
-        found = list(feed.update(guessed))
+        found = list(feed.update(*next(guessed), guessed))
         assert [m.start for m, _ in found] == [m.start for m in wanted]
         for (got, batch), want in zip(found, wanted, strict=True):
             assert np.array_equal(got.epochs, want.epochs)
@@ -117,7 +117,7 @@ def test_with_right_guesses_nothing_is_asked_for_twice() -> None:
     split = Log(100, 5)
     feed = Feed(split, GlobalBatchSampler(100, 0, 4), 2, 1, False, CPU)
     for update in range(10):
-        list(feed.update(spans(24 * update, 24, 240)))
+        list(feed.update(24 * update, 24, spans(24 * update + 24, 24, 240)))
     assert split.cancelled == 0
     assert len(split.asked) == len(split.taken) == 30
     assert split.most == 6
@@ -126,7 +126,7 @@ def test_with_right_guesses_nothing_is_asked_for_twice() -> None:
 def test_the_next_updates_are_asked_for_before_this_one_is_through() -> None:
     split = Log(100, 5)
     feed = Feed(split, GlobalBatchSampler(100, 0, 4), 1, 0, False, CPU)
-    stream = feed.update(spans(0, 8, 1000))
+    stream = feed.update(0, 8, spans(8, 8, 1000))
     next(stream)
     assert len(split.asked) == 6
     next(stream)
@@ -137,7 +137,7 @@ def test_the_next_updates_are_asked_for_before_this_one_is_through() -> None:
 def test_nothing_is_asked_for_ahead_where_that_gains_nothing() -> None:
     split = Log(100, 0)
     feed = Feed(split, GlobalBatchSampler(100, 0, 4), 1, 0, False, CPU)
-    for taken, _ in enumerate(feed.update(spans(0, 20, 1000)), start=1):
+    for taken, _ in enumerate(feed.update(0, 20, spans(20, 20, 1000)), start=1):
         assert len(split.asked) == taken
     assert split.most == 1
 
@@ -167,5 +167,5 @@ def test_batches_cover_the_samples_in_order(count: int, size: int, ahead: int, s
 def test_an_update_in_which_a_rank_has_no_part(ahead: int) -> None:
     split = Log(10, ahead)
     feed = Feed(split, GlobalBatchSampler(10, 0, 5), 3, 2, False, CPU)
-    assert list(feed.update(spans(0, 10, 10))) == []
+    assert list(feed.update(0, 10)) == []
     assert split.asked == []

@@ -68,6 +68,7 @@ BELOW_THE_LINE = (
     "harness.buffers",
     "harness.evaluate",
     "harness.forward",
+    "harness.gradient_step",
     "harness.journal",
     "harness.provenance",
     "harness.trainer",

@@ -216,7 +216,7 @@ def same_weights(a: Trainer, b: Trainer) -> bool:
     return (
         all(same(ours[key], theirs[key]) for key in keys)
         and same(ours["optimizer"]["state"], theirs["optimizer"]["state"])
-        and same(a._reducer.residuals, b._reducer.residuals)
+        and same(a._step.reducer.residuals, b._step.reducer.residuals)
     )
 
 
@@ -442,9 +442,9 @@ def test_any_optimizer_and_codec_goes_on_as_it_was(case: str, tmp_path: Path) ->
     cfg = config(tmp_path, *overrides)
     undisturbed, _ = go(cfg, tmp_path / "whole")
     if case == "lars":
-        assert isinstance(undisturbed._optimizer, LARS)
+        assert isinstance(undisturbed._step.optimizer, LARS)
     if case == "feedback":
-        assert any(residual.any() for residual in undisturbed._reducer.residuals)
+        assert any(residual.any() for residual in undisturbed._step.reducer.residuals)
     whole = comparable(tmp_path / "whole")
     last = undisturbed.clock.updates
     layers = [line["update"] for line in read(tmp_path / "whole" / "layers.jsonl")]
@@ -586,7 +586,7 @@ def test_clipping_bounds_the_gradient_that_is_applied_and_records_the_one_that_w
             applied.append(float(torch.cat(grads).double().norm()))
             before.append(torch.cat(grads))
 
-        trainer._optimizer.register_step_pre_hook(note)
+        trainer._step.optimizer.register_step_pre_hook(note)
 
     cfg = config(tmp_path, "optimizer.clip_grad_norm=3.4", "train={duration: 2ep, log_every: 1}")
     go(cfg, tmp_path / "run", watch=watch)
@@ -685,7 +685,7 @@ def test_a_layer_that_is_reached_now_and_then(optimizer: str, tmp_path: Path) ->
 def test_ranks_with_error_feedback_go_on_as_they_were(ranks: int, tmp_path: Path) -> None:
     cfg = config(tmp_path, "comm.compression=fp16_feedback", "train.duration=3ep")
     undisturbed = go_on_ranks(cfg, tmp_path / "whole", ranks)
-    owed = [t._reducer.residuals for t in undisturbed if isinstance(t, Trainer)]
+    owed = [t._step.reducer.residuals for t in undisturbed if isinstance(t, Trainer)]
     assert not any(same(a, b) for a, b in pairwise(owed)), "each rank's own"
     for update in (1, 9, 20):
         directory = tmp_path / f"stopped-{update}"
@@ -708,7 +708,7 @@ def test_error_feedback_goes_on_with_other_ranks(tmp_path: Path) -> None:
     found: list[Tensor] = []
 
     def watch(trainer: Trainer) -> None:
-        found.append(torch.cat(trainer._reducer.residuals).double())
+        found.append(torch.cat(trainer._step.reducer.residuals).double())
 
     ends = go_on_ranks(cfg, directory, 2, resume=True, watch=watch)
     assert all(isinstance(end, Trainer) for end in ends)
@@ -731,7 +731,7 @@ def test_ranks_that_have_come_apart_stop_before_they_save(what: str, tmp_path: P
                 held = optimizer.state[weight]["momentum_buffer"] if what == "momentum" else weight
                 held.data.view(torch.int32)[1, 2] ^= 1 << 20
 
-        trainer._optimizer.register_step_post_hook(spoil)
+        trainer._step.optimizer.register_step_post_hook(spoil)
 
     cfg = config(tmp_path, "train={duration: 2ep, checkpoint_every: 5up, eval_every: null}")
     ends = go_on_ranks(cfg, tmp_path / "run", 3, watch=watch)

@@ -36,16 +36,16 @@ class Feed:
         self._augment, self._device = augment, device
         self._asked: deque[tuple[MicroBatch, Pending]] = deque()
 
-    def update(self, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[MicroBatch, Batch]]:
-        """The micro-batches of one update, in order.
+    def update(
+        self, seen: int, size: int, following: Iterable[tuple[int, int]] = ()
+    ) -> Iterator[tuple[MicroBatch, Batch]]:
+        """The micro-batches of the update of ``size`` samples after ``seen``, in order.
 
-        ``spans``: (samples seen, size) of this update and, as far as can be guessed, of those that
-        follow; read only as far as needed.
+        ``following``: the same of the updates after it, as far as can be guessed; read only as far
+        as needed.
         """
-        spans = iter(spans)
-        seen, size = next(spans)
         count = self._sampler.count(size, self._ranks, self._rank)
-        stream = self._stream(seen, size, spans)
+        stream = self._stream(seen, size, following)
         self._keep_what_fits(stream)
         for _ in range(count):
             self._ask(stream, 1)
@@ -60,7 +60,7 @@ class Feed:
         self._asked.clear()
 
     def _stream(
-        self, seen: int, size: int, following: Iterator[tuple[int, int]]
+        self, seen: int, size: int, following: Iterable[tuple[int, int]]
     ) -> Iterator[MicroBatch]:
         yield from self._sampler.micro_batches(seen, size, self._ranks, self._rank)
         for seen, size in following:
