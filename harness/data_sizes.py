@@ -32,6 +32,17 @@ CIFAR_TEST = {"cifar10": "test_batch", "cifar100": "test"}
 _MAGIC = 0x0800  # third byte 0x08: unsigned bytes; the fourth is the number of dimensions
 
 
+def check_root(data: Data) -> None:
+    """Raise DataError if the data set needs files and ``data.root`` does not say where."""
+    dataset = DATASETS[data.dataset]
+    if dataset.files and data.root is None:
+        source = f". From: {dataset.source}" if dataset.source else ""
+        raise DataError(
+            f"data.root is not set; for data.dataset = {data.dataset} it is the directory ROOT "
+            f"with {dataset.files}{source}"
+        )
+
+
 def train_size(data: Data) -> int:
     """Training samples of a data set: what its files say if they are there, else what is published.
 

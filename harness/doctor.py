@@ -70,12 +70,19 @@ def doctor(root: Path | None = None) -> str:
         lines += _entry(finding, 14)
     lines += ["", "Data sets"]
     lines += _wrapped("ROOT stands for data.root of the configuration. Nothing is downloaded.", 2)
+    absent = []
     for finding in data_sets(root, with_digits="scikit-learn" not in missing):
         dataset = DATASETS[finding.name]
+        if finding.text == f"not in {root}":
+            absent.append(finding.name)
+            continue
         lines += ["", *_entry(finding, 17), *_wrapped(dataset.title, 4)]
         if dataset.files:
             lines += _wrapped(f"files: {dataset.files}", 4, 7)
             lines += _wrapped(f"from:  {dataset.source}", 4, 7) if dataset.source else []
+    if absent:
+        told = f"Not in {root}: {', '.join(absent)}. `harness doctor` says what they need."
+        lines += ["", *_wrapped(told, 2)]
     if root is None:
         lines += ["", *_wrapped("`harness doctor --data DIR` looks for the files in DIR.", 2)]
     return "\n".join(lines)

@@ -4,6 +4,7 @@ HarnessError             exit code 1
   UsageError             exit code 2: nothing was started, nothing was changed
     ConfigError          the YAML file or an override
     DataError            a data file that is missing, truncated or of another format
+      CorruptImage       exit code 1: one of its images, met while the run goes on
     RunDirectoryError    the run directory is in use, already holds a run, or is not a run
     LaunchError          the ranks cannot be started as asked
   CheckpointError        no checkpoint can be read, or one does not fit this model
@@ -33,6 +34,10 @@ class ConfigError(UsageError):
 
 class DataError(UsageError):
     pass
+
+
+class CorruptImage(DataError):  # noqa: N818 - named as data.on_corrupt names it
+    exit_code = 1
 
 
 class RunDirectoryError(UsageError):

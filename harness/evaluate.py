@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from harness.comm.base import Communicator, allreduce
+from harness.comm.base import Communicator, allgather_bytes, allreduce
 from harness.data.datasets import Split
 from harness.data.feed import batches
 from harness.errors import DataError
@@ -34,8 +35,8 @@ class Evaluation:
     """Share whose label is among the five highest logits; 1 with five classes or fewer."""
     samples: int
     """How many were counted."""
-    corrupt: int = 0
-    """How many more could not be read."""
+    corrupt: tuple[str, ...] = ()
+    """Those more that could not be read, each with its name and why."""
 
 
 def evaluate(
@@ -57,19 +58,28 @@ def evaluate(
     bounds = [len(chosen) * i // comm.size for i in range(comm.size + 1)]
     mine = chosen[bounds[comm.rank] : bounds[comm.rank + 1]]
     size = max(1, min(250, _VALUES // prod(shape)))
-    found = torch.zeros(5, dtype=torch.float64, device=comm.device)
+    found = torch.zeros(4, dtype=torch.float64, device=comm.device)
+    corrupt: list[str] = []
     with torch.inference_mode():
         for batch in batches(split, mine, size, comm.device):
-            found[4] += len(batch.corrupt)
+            corrupt += batch.corrupt
             if len(batch.labels):
                 with autocast():
                     logits = model(batch.images)
-                found[:4] += _sums(logits.float(), batch.labels)
+                found += _sums(logits.float(), batch.labels)
     model.train()
-    loss, top1, top5, total, corrupt = allreduce(comm, found.cpu(), "evaluation").tolist()
+    loss, top1, top5, total = allreduce(comm, found.cpu(), "evaluation").tolist()
+    left_out = gather_texts(comm, corrupt) if total < len(chosen) else ()
     if not total:
-        raise DataError(f"none of {int(corrupt)} samples to evaluate on could be read")
-    return Evaluation(loss / total, top1 / total, top5 / total, int(total), int(corrupt))
+        first = f": {left_out[0]}" if left_out else ""
+        raise DataError(f"none of {len(left_out)} samples to evaluate on can be read{first}")
+    return Evaluation(loss / total, top1 / total, top5 / total, int(total), left_out)
+
+
+def gather_texts(comm: Communicator, texts: Sequence[str]) -> tuple[str, ...]:
+    """All ranks' texts, sorted. Collective."""
+    told = allgather_bytes(comm, json.dumps(texts).encode(), "texts")
+    return tuple(sorted(text for content in told for text in json.loads(content)))
 
 
 def _sums(logits: Tensor, labels: Tensor) -> Tensor:

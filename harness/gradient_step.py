@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,10 +10,11 @@ import torch
 from torch import nn
 
 from harness.autotune import Tuned
-from harness.comm.base import Communicator, allgather_bytes
+from harness.comm.base import Communicator
 from harness.data.datasets import Batch, ImageData
 from harness.data.feed import Feed
 from harness.data.sampler import GlobalBatchSampler
+from harness.evaluate import gather_texts
 from harness.forward import ForwardPass
 from harness.gradstats import clip_factor
 from harness.keyed import fold_key
@@ -118,8 +118,7 @@ class GradientStep:
         self._phases.mark("comm_exposed")
         left_out: tuple[str, ...] = ()
         if reduced.extras[2]:
-            told = allgather_bytes(self._comm, json.dumps(corrupt).encode(), "corrupt")
-            left_out = tuple(sorted(what for content in told for what in json.loads(content)))
+            left_out = gather_texts(self._comm, corrupt)
             reduced = self._over_the_others(size, size - len(left_out), reduced)
         return Gradient(reduced, size, left_out, reduced.extras[1] > 0)
 

@@ -46,7 +46,7 @@ class Status:
     def line(self) -> str:
         accuracy = "" if self.accuracy is None else f"  test acc {self.accuracy:6.2%}"
         return (
-            f"epoch {self.epoch:6.2f}/{self.epochs:g}  stage {self.stage}  "
+            f"epoch {self.epoch:6.2f}/{self.epochs:.4g}  stage {self.stage}  "
             f"batch {self.global_batch} = {self.ranks} × {self.accumulation} × {self.micro_batch}  "
             f"loss {self.loss:.4f}{accuracy}  {self.images_per_sec:,.0f} images/s"
         )

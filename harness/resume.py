@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from harness.config import dump_config
 from harness.errors import RunDirectoryError
-from harness.records import TRAJECTORY_EVENTS, RunDirectory, read_jsonl
+from harness.records import TRAJECTORY_EVENTS, RunDirectory, read_jsonl, write_atomic
 from harness.schema import Config
-from harness.yamlfile import parse_yaml, read_yaml
+from harness.yamlfile import dump_yaml, parse_yaml, read_yaml
 
 # Keys that do not change what is computed, only how and where; a resumed run may change them.
 _FREE = frozenset(
@@ -48,6 +48,16 @@ def check_same_run(config: Config, run: RunDirectory) -> None:
             f"{run.path} holds a run of another configuration ({'; '.join(changed)}); resume it "
             f"with {run.config}, or choose another --run-dir"
         )
+
+
+def keep_choices(config: Config, run: RunDirectory) -> None:
+    """Write what a resumed run has chosen anew of its data into config.yaml, from which it is
+    resumed the next time. Ranks are chosen at each launch, and left alone."""
+    stored = read_yaml(run.config).data
+    chosen = parse_yaml(dump_config(config), "configuration").data["data"]
+    if stored["data"] != chosen:
+        stored["data"] = chosen
+        write_atomic(run.config, dump_yaml(stored).encode())
 
 
 def has_finished(run: RunDirectory) -> bool:

@@ -740,7 +740,8 @@ class Config(Section):
             ("lr.decay.begin", getattr(decay, "begin", None)),
         ):
             if length and length.unit == total.unit and length.value > total.value:
-                raise ValueError(f"{key} = {length} is longer than train.duration = {total}")
+                hint = "; lr.warmup=null has none" if key == "lr.warmup.duration" else ""
+                raise ValueError(f"{key} = {length} is longer than train.duration = {total}{hint}")
         begin = getattr(decay, "begin", None)
         if begin is not None:
             key, beside = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -84,8 +84,10 @@ class Trainer:
         self._stage = -1
         self._skipped_in_a_row = 0
         self._train_seconds = 0.0
-        self._corrupt = 0
+        self._left_out = 0
         """Training samples that could not be read, each time it was tried."""
+        self._corrupt: set[tuple[str, str]] = set()
+        """Split and name of each, and of test samples; told once in events.jsonl."""
         self._evaluation: Evaluation | None = None
         self._evaluated_at = self._saved_at = -1
         self._shown: tuple[BatchDecision, Decomposition, float] | None = None
@@ -119,7 +121,8 @@ class Trainer:
             "stage": self._stage,
             "skipped_in_a_row": self._skipped_in_a_row,
             "train_seconds": self._train_seconds,
-            "corrupt": self._corrupt,
+            "left_out": self._left_out,
+            "corrupt": [list(pair) for pair in sorted(self._corrupt)],
             "evaluated_at": self._evaluated_at,
             "evaluation": None if self._evaluation is None else asdict(self._evaluation),
             "window": self._window.state_dict(),
@@ -143,10 +146,12 @@ class Trainer:
         self._stage = state["stage"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self._train_seconds = state["train_seconds"]
-        self._corrupt = state["corrupt"]
+        self._left_out = state["left_out"]
+        self._corrupt = {(split, name) for split, name in state["corrupt"]}
         self._evaluated_at, self._saved_at = state["evaluated_at"], state["update"]
         if state["evaluation"] is not None:
-            self._evaluation = Evaluation(**state["evaluation"])
+            evaluation = dict(state["evaluation"])
+            self._evaluation = Evaluation(**{**evaluation, "corrupt": tuple(evaluation["corrupt"])})
         self._window = Window.from_state(state["window"])
 
     def _decide(self) -> BatchDecision:
@@ -217,7 +222,8 @@ class Trainer:
             self.clock.samples, size, self._following(decision.batch), self._stop.asked
         )
         before, self.clock = self.clock, step(self.clock, size)
-        self._note_corrupt(gradient)
+        self._left_out += len(gradient.corrupt)
+        self._note_corrupt("train", gradient.corrupt)
         self._observe(gradient)
         self._apply(gradient, rates)
         self._phases.mark("optimizer")
@@ -236,15 +242,17 @@ class Trainer:
                 return
             yield clock.samples, update_size(clock, batch, epoch_end, self._end)
 
-    def _note_corrupt(self, gradient: Gradient) -> None:
-        self._corrupt += len(gradient.corrupt)
-        for reason in gradient.corrupt:
-            self._journal.event(
-                "corrupt_image",
-                self.clock.updates,
-                samples_seen=self.clock.samples,
-                reason=reason,
-            )
+    def _note_corrupt(self, split: str, reasons: Sequence[str]) -> None:
+        for reason in reasons:
+            if (split, reason) not in self._corrupt:
+                self._corrupt.add((split, reason))
+                self._journal.event(
+                    "corrupt_image",
+                    self.clock.updates,
+                    samples_seen=self.clock.samples,
+                    split=split,
+                    reason=reason,
+                )
 
     def _observe(self, gradient: Gradient) -> None:
         """Take notice of what this update has measured, and tell the growth policy."""
@@ -356,8 +364,9 @@ class Trainer:
             loss=self._evaluation.loss,
             accuracy=self._evaluation.accuracy,
             accuracy_top5=self._evaluation.accuracy_top5,
-            corrupt=self._evaluation.corrupt,
+            corrupt=len(self._evaluation.corrupt),
         )
+        self._note_corrupt("test", self._evaluation.corrupt)
         return self._evaluation
 
     def _save(self) -> None:
@@ -397,7 +406,7 @@ class Trainer:
             loss=result.loss,
             accuracy=result.accuracy,
             accuracy_top5=result.accuracy_top5,
-            corrupt=self._corrupt,
+            corrupt=self._left_out,
         )
         return result
 

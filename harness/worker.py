@@ -37,7 +37,7 @@ from harness.records import (
     write_atomic,
     write_json,
 )
-from harness.resume import check_same_run
+from harness.resume import check_same_run, keep_choices
 from harness.schedule.plan import build_plan
 from harness.schema import Config
 from harness.stop import StopRequest
@@ -158,6 +158,7 @@ def _take(config: Config, run: RunDirectory, lock: RunLock, resume: bool) -> Non
         raise RunDirectoryError(f"{run.path}: cannot be used: {error.strerror or error}") from None
     if resume:
         check_same_run(config, run)
+        keep_choices(config, run)
     checkpoint.remove_partial(run.path)
     checkpoint.remove_partial(run.checkpoints)
 

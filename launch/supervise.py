@@ -17,7 +17,7 @@ from typing import Literal
 
 from harness import environment
 from harness.config import load_config
-from harness.data_sizes import train_size
+from harness.data_sizes import check_root, train_size
 from harness.errors import (
     ConfigError,
     LaunchError,
@@ -66,6 +66,7 @@ def run(request: RunRequest) -> int:
         request = _with_ranks(request, request.ranks)
     config = load_config(request.config_path, request.overrides)
     hosts = parse_hosts(request.hosts) if request.hosts else this_host()
+    check_root(config.data)
     build_plan(config, train_size(config.data))  # refuses what it can
     directory = RunDirectory(_run_directory(request, config))
     directory.check_usable(request.resume)

@@ -186,7 +186,9 @@ class Simulation:
             checkpoint=f"update-{self.update:08}.pt",
         )
         self.tell("skipped_update", samples_seen=self.samples, reason="gradient overflow in fp16")
-        self.tell("corrupt_image", samples_seen=self.samples, reason="train/3/x.jpg: truncated")
+        for split in ("train", "test"):
+            reason = f"{split}/3/x.jpg: truncated"
+            self.tell("corrupt_image", samples_seen=self.samples, split=split, reason=reason)
 
     def config(self) -> dict[str, Any]:
         return {
@@ -406,6 +408,7 @@ def test_every_number_equals_an_independent_computation(tmp_path: Path) -> None:
         "stages_begun": 6,
         "updates_skipped": 1,
         "images_left_out": 1,
+        "test_images_left_out": 1,
         "checkpoints_written": sum(e["kind"] == "checkpoint" for e in run.events),
         "checkpoints_rejected": 1,
     }
@@ -454,6 +457,7 @@ def test_the_answer_stands_first_and_in_sentences(run_dir: Path) -> None:
         "10th to 90th percentile",
         "left out as warm-up",
         "on 1 to 2 ranks, with 1 restart",
+        "1 training image and 1 test image could not be read and were left out.",
     ):
         assert part in answer
     assert page.tags.index("p") < page.tags.index("svg")

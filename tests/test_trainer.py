@@ -369,8 +369,12 @@ def test_what_cannot_be_read_is_left_out_of_the_mean_and_recorded(tmp_path: Path
     assert line["loss"] == pytest.approx(float(loss.detach()))
     assert line["grad_norm"] == pytest.approx(float(gradients.norm()))
     events = read(tmp_path / "events.jsonl")
-    told = [event["reason"] for event in events if event["kind"] == "corrupt_image"]
-    assert told == [f"sample {s}: broken" for s in sorted(set(micro.samples) & Broken.broken)]
+    corrupt = [event for event in events if event["kind"] == "corrupt_image"]
+    told = [event["reason"] for event in corrupt if event["split"] == "train"]
+    assert [event["reason"] for event in corrupt if event["split"] == "test"] == [
+        f"sample {sample}: broken" for sample in (10, 1, 4, 8)
+    ]
+    assert told == sorted(f"sample {s}: broken" for s in set(micro.samples) & Broken.broken)
     evaluation = next(event for event in events if event["kind"] == "evaluation")
     assert evaluation["corrupt"] == 4
     with torch.no_grad():
@@ -403,7 +407,8 @@ def test_left_out_samples_are_the_same_on_any_ranks_and_after_a_stop(tmp_path: P
         told = [e for e in comparable(directory) if e.get("kind") == "corrupt_image"]
         weights = torch.cat([p.detach().flatten() for p in nets[0].parameters()])
         runs.append((told, weights))
-    assert len(runs[0][0]) == 4 * 5
+    assert [event["split"] for event in runs[0][0]].count("train") == 5
+    assert [event["split"] for event in runs[0][0]].count("test") == 4
     for told, weights in runs[1:]:
         assert told == runs[0][0]
         assert torch.equal(weights, runs[0][1])

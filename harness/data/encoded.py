@@ -24,7 +24,7 @@ from harness.data.datasets import (
 )
 from harness.data.decode import U8, Job, Place, decode
 from harness.data.workers import Ticket, Workers
-from harness.errors import DataError
+from harness.errors import CorruptImage
 from harness.schema import Data
 
 I64 = npt.NDArray[np.int64]
@@ -63,7 +63,7 @@ class EncodedSplit:
     prefetch: int
     """Micro-batches that each worker may be ahead."""
     skip: bool
-    """A corrupt image is left out, instead of a DataError."""
+    """A corrupt image is left out, instead of a CorruptImage error."""
     augmentation: Augmentation | None = None
     """Of the decoded images, after random crop and flip; `request` with ``augment`` applies it."""
 
@@ -95,7 +95,7 @@ class EncodedSplit:
     def batch(self, pixels: U8, wrong: Sequence[str], job: Job, device: torch.device) -> Batch:
         """What has been decoded, without the images with something ``wrong``; copies the pixels.
 
-        Raises DataError if there is one and none may be left out.
+        Raises CorruptImage if there is one and none may be left out.
         """
         corrupt = tuple(
             f"{self.source.name(int(sample))}: {text}"
@@ -103,7 +103,7 @@ class EncodedSplit:
             if text
         )
         if corrupt and not self.skip:
-            raise DataError(
+            raise CorruptImage(
                 f"{corrupt[0]}; replace the image, or leave such images out with "
                 "data.on_corrupt=skip"
             )

@@ -64,8 +64,9 @@ _RECONSTRUCT = (
     Global("numpy._core.multiarray._reconstruct"),  # since numpy 2
 )
 _ARRAY, _DTYPE = Global("numpy.ndarray"), Global("numpy.dtype")
-_ENCODE = Global("_codecs.encode")  # how Python 3 writes bytes in protocol 2
-_KNOWN = (*_RECONSTRUCT, _ARRAY, _DTYPE, _ENCODE)
+_ENCODE = Global("_codecs.encode")  # how Python 3 writes bytes in protocol 2 …
+_BYTES = Global("__builtin__.bytes")  # … and no bytes
+_KNOWN = (*_RECONSTRUCT, _ARRAY, _DTYPE, _ENCODE, _BYTES)
 _CALLS = ("PERSID", "BINPERSID", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
 _NAMES = {entry.code.encode("latin-1"): entry.name for entry in pickletools.opcodes}
 _BYTE_STATE = (3, "|", None, None, None, -1, -1, 0)  # version, order, …, size, alignment, flags
@@ -284,6 +285,8 @@ class _Machine:
         elif function == _DTYPE and given and isinstance(given[0], str | bytes):
             kind = _text(given[0])
             raise _Corrupt(f"an array of type {kind}, but CIFAR's are unsigned bytes (u1)")
+        elif function == _BYTES and arguments == ():
+            self.stack.append(b"")
         elif function == _ENCODE and len(given) == 2 and _same(given[1:], ("latin1",)):
             self.stack.append(self.encoded(given[0]))
         else:

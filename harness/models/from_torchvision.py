@@ -41,6 +41,13 @@ def torchvision_model(
     elif name.startswith("vit_"):
         if height != width:
             raise ConfigError(f"model.name {name} needs square images, not {height} × {width}")
+        patch = int(name.rsplit("_", 1)[1])
+        if height % patch:
+            near = max(patch, round(height / patch) * patch)
+            raise ConfigError(
+                f"model.name {name} needs images whose side is a multiple of {patch}, such as "
+                f"{near}, not {height}"
+            )
         options["image_size"] = height
     elif name.startswith("maxvit_"):
         options["input_size"] = (height, width)

@@ -209,12 +209,16 @@ def _events(run: Run) -> Iterator[Number]:
     for name, kind, unit in (
         ("stages_begun", "stage", "stages"),
         ("updates_skipped", "skipped_update", "updates"),
-        ("images_left_out", "corrupt_image", "images"),
         ("checkpoints_written", "checkpoint", "checkpoints"),
         ("checkpoints_rejected", "checkpoint_rejected", "checkpoints"),
     ):
         lines = len(run.events(kind)) if run.records.events else None
         yield Number(name, lines, unit, f"events.jsonl: lines of kind {kind}")
+    for name, split in (("images_left_out", "train"), ("test_images_left_out", "test")):
+        told = [event for event in run.events("corrupt_image") if event.get("split") == split]
+        count = len(told) if run.records.events else None
+        source = f"events.jsonl: lines of kind corrupt_image with split {split}"
+        yield Number(name, count, "images", source)
 
 
 def positive(x: Series, y: Series) -> Curve:
@@ -278,7 +282,19 @@ def answer(run: Run, numbers: Summary) -> list[str]:
         _updates_sentence(numbers),
         _throughput_sentence(numbers),
         _time_sentence(run, numbers),
+        *_left_out_sentence(numbers),
     ]
+
+
+def _left_out_sentence(numbers: Summary) -> Iterator[str]:
+    """Only where something was left out."""
+    told = [
+        plural(count, f"{which} image")
+        for name, which in (("images_left_out", "training"), ("test_images_left_out", "test"))
+        if (count := numbers.of(name))
+    ]
+    if told:
+        yield f"{' and '.join(told)} could not be read and were left out."
 
 
 def describe(run: Run) -> str:

@@ -316,11 +316,8 @@ def _tell_skipped(event: Record) -> str:
 
 
 def _tell_corrupt(event: Record) -> str:
-    return f"Training image left out: {_get(event, 'reason')}"
-
-
-def _tell_loss_scale(event: Record) -> str:
-    return f"Loss scale of fp16 now {_get(event, 'scale')}: {_get(event, 'reason')}"
+    which = "Test" if event.get("split") == "test" else "Training"
+    return f"{which} image left out: {_get(event, 'reason')}"
 
 
 def _tell_stop(event: Record) -> str:
@@ -348,7 +345,6 @@ _TELL: dict[str, Callable[[Record], str]] = {
     "checkpoint_rejected": _tell_rejected,
     "skipped_update": _tell_skipped,
     "corrupt_image": _tell_corrupt,
-    "loss_scale": _tell_loss_scale,
     "stop": _tell_stop,
     "end": _tell_end,
 }

@@ -13,6 +13,8 @@ import yaml
 from images import write
 from jobs import Job, events, harness, last_state, metrics, trajectory
 
+from harness.environment import FAILURE_DIR
+
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from data_memory import grown, write_cifar10
 
@@ -69,11 +71,13 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return {key: value for key, value in model.items() if "running" not in key}
 
 
-def workers() -> list[psutil.Process]:
+def workers(directory: Path) -> list[psutil.Process]:
+    """Loading processes of a run's ranks, whose variables they have inherited."""
     return [
         process
-        for process in psutil.process_iter(["cmdline"])
+        for process in psutil.process_iter(["cmdline", "environ"])
         if any("harness.data" in word for word in process.info["cmdline"] or [])
+        and str(directory) in (process.info["environ"] or {}).get(FAILURE_DIR, "")
     ]
 
 
@@ -94,7 +98,7 @@ def test_ranks_and_workers_change_nothing(
             assert torch.equal(found[name], wanted[name]), name
     told = [event["reason"] for event in events(directory, "corrupt_image")]
     assert told == [event["reason"] for event in events(undisturbed, "corrupt_image")]
-    assert len(told) == 2 * 6
+    assert len(told) == len(BROKEN)
     assert all(event["corrupt"] == 1 for event in events(directory, "evaluation"))
 
 
@@ -107,30 +111,41 @@ def test_a_killed_rank_leaves_no_workers_and_costs_nothing(
         more = ["--resume"] if attempt else []
         with Job(directory, *arguments(config, directory, 2), *more) as job:
             job.wait_for_update(update)
-            assert len(workers()) == 4
+            assert len(workers(directory)) == 4
             job.signal_rank(attempt, signal.SIGKILL)
             code, output = job.finish()
         assert code == 1, output
-        assert workers() == []
+        assert workers(directory) == []
     done = harness(*arguments(config, directory, 2), "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
     assert metrics(directory) == metrics(undisturbed)
     assert trajectory(directory) == trajectory(undisturbed)
     found, wanted = last_state(directory)["model"], last_state(undisturbed)["model"]
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert workers() == []
+    assert workers(directory) == []
 
 
 @pytest.mark.slow
 def test_an_image_that_cannot_be_read_stops_the_run_with_its_name(
     config: Path, tmp_path: Path
 ) -> None:
-    done = harness(*arguments(config, tmp_path / "run", 2, "data.on_corrupt=stop"))
-    assert done.returncode == 2
+    directory = tmp_path / "run"
+    done = harness(*arguments(config, directory, 2, "data.on_corrupt=stop"))
+    assert done.returncode == 1
     assert any(name in done.stderr for name in BROKEN)
     assert "data.on_corrupt=skip" in done.stderr
     assert "Traceback" not in done.stderr
-    assert workers() == []
+    assert workers(directory) == []
+    # … and goes on without it, also where it is resumed from what the run directory says.
+    stop = ("train.duration=6ep", "data.on_corrupt=skip", "--resume")
+    with Job(directory, *arguments(config, directory, 2, *stop[:2]), stop[2]) as job:
+        job.wait_for_update(6)
+        job.process.send_signal(signal.SIGTERM)
+        code, output = job.finish()
+    assert code == 75, output
+    again = ["run", str(directory / "config.yaml"), "--run-dir", str(directory), "--resume"]
+    done = harness(*again, "--ranks", "2", "--hosts", "localhost:4")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 CALM = ("lr.base=0.005", "batch.growth={policy: fixed}", "train.duration=1ep")
