@@ -5,6 +5,7 @@ Imports neither torch nor numpy, as planning counts images too.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from harness.schema import Data
 
 _SUFFIXES = frozenset({b"jpg", b"jpeg", b"png", b"webp", b"bmp", b"ppm"})
 _THREADS = 8  # a network's file system answers several at once
+_Above = frozenset[tuple[int, int]]  # device and inode of each folder that one lies in
 
 
 def data_root(data: Data) -> bytes:
@@ -50,7 +52,7 @@ def class_folders(folder: bytes) -> list[bytes]:
     Raises DataError if there is none.
     """
     with _scan(folder) as entries:
-        found = [one.name for one in entries if not one.name.startswith(b".") and one.is_dir()]
+        found = [one.name for one in entries if not one.name.startswith(b".") and _is_folder(one)]
     if not found:
         raise DataError(f"{shown(folder)} holds no folders; one for each class is needed")
     return sorted(found)
@@ -90,37 +92,46 @@ def _suffixes() -> str:
 
 
 def _images(folder: bytes) -> list[bytes]:
+    """Paths of the images in a folder and in those in it, relative to it."""
     found: list[bytes] = []
-    _search(folder, b"", (), found)
+    waiting: list[tuple[bytes, _Above]] = [(b"", frozenset())]
+    while waiting:
+        inside, above = waiting.pop()
+        place = os.path.join(folder, inside) if inside else folder
+        with _scan(place) as entries:
+            status = os.stat(place)
+            here = above | {(status.st_dev, status.st_ino)}
+            for entry in entries:
+                name = entry.name
+                if name.startswith(b"."):
+                    continue
+                _, dot, suffix = name.rpartition(b".")
+                if dot and suffix.lower() in _SUFFIXES and _is_file(entry):
+                    found.append(inside + name)
+                elif _is_folder(entry):
+                    status = entry.stat()
+                    if (status.st_dev, status.st_ino) in here:
+                        path = shown(entry.path)
+                        raise DataError(f"{path} is a link to a folder that it lies in")
+                    waiting.append((inside + name + b"/", here))
     return found
-
-
-def _search(
-    folder: bytes, inside: bytes, above: tuple[tuple[int, int], ...], found: list[bytes]
-) -> None:
-    """Append the images in a folder, each with ``inside`` before its name."""
-    with _scan(folder) as entries:
-        for entry in entries:
-            name = entry.name
-            if name.startswith(b"."):
-                continue
-            _, dot, suffix = name.rpartition(b".")
-            if dot and suffix.lower() in _SUFFIXES and _is_file(entry):
-                found.append(inside + name)
-            elif entry.is_dir():
-                status = os.stat(folder)
-                here = (*above, (status.st_dev, status.st_ino))
-                status = entry.stat()
-                if (status.st_dev, status.st_ino) in here:
-                    raise DataError(f"{shown(entry.path)} is a link to a folder that it lies in")
-                _search(entry.path, inside + name + b"/", here, found)
 
 
 def _is_file(entry: os.DirEntry[bytes]) -> bool:
     """A link that leads nowhere counts: its image is missing, and decoding will say so."""
     if entry.is_file(follow_symlinks=False):
         return True
-    return entry.is_symlink() and (entry.is_file() or not os.path.exists(entry.path))
+    return entry.is_symlink() and (not os.path.exists(entry.path) or entry.is_file())
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    """A link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 class _scan:  # noqa: N801 - used as a function

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from harness.data.datasets import Batch
-from harness.errors import ConfigError
+from harness.errors import ConfigError, HarnessError
 from harness.precision import Precision
 from harness.schema import Config
 
@@ -37,7 +37,7 @@ class ForwardPass:
         if self._channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with self.precision.autocast():
-            logits = self._chosen(len(labels))(images)
+            logits = self._logits(images)
         if logits.shape != (len(labels), self._num_classes):
             raise ConfigError(
                 f"model.name {self._config.model.name} returns {tuple(logits.shape)} for a "
@@ -48,6 +48,19 @@ class ForwardPass:
         return functional.cross_entropy(
             logits.float(), labels, reduction="sum", label_smoothing=smoothing
         )
+
+    def _logits(self, images: Tensor) -> Tensor:
+        try:
+            return cast(Tensor, self._chosen(len(images))(images))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise HarnessError(
+                f"batch norm cannot train on a micro-batch of {len(images)} (one value per channel "
+                "is no sample of a distribution). Where the global batch, or the rest of an epoch, "
+                "leaves such a micro-batch, take another batch.micro or batch.initial, "
+                "batch.epoch_end=carry, or train.sync_batch_norm=true"
+            ) from error
 
     def _chosen(self, size: int) -> nn.Module:
         # Other sizes than the full micro-batch are rare. Compiling for them too would depend on

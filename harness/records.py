@@ -150,6 +150,14 @@ class RunLock:
             raise
         self._fd = fd
 
+    def discard(self) -> None:
+        """Give up a directory in which nothing has been written: remove the file, and with it the
+        directory if there is nothing else in it."""
+        if self._fd is not None:
+            self._path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._path.parent.rmdir()
+
     def _take(self, fd: int, patience: float) -> None:
         deadline = time.monotonic() + patience
         while True:

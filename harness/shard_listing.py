@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -169,10 +170,13 @@ def members(path: bytes) -> Iterator[Member]:
     Raises DataError for a file that cannot be read, is not a tar file, or is cut off.
     """
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Not waiting for somebody to write into it, should it be a pipe.
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise DataError(f"{shown(path)}: cannot be read ({error.strerror or error})") from error
     try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise DataError(f"{shown(path)}: is not a regular file")
         yield from _members(file, path)
     except OSError as error:
         raise DataError(f"{shown(path)}: cannot be read ({error.strerror or error})") from error

@@ -96,9 +96,14 @@ def _run(config: Config, run: RunDirectory, resume: bool, comm: Communicator) ->
     stop.listen()
     lock = RunLock(run)
     together(comm, lambda: _take(config, run, lock, resume) if comm.rank == 0 else None)
-    data = load_shared(config.data, comm)
-    keep_freed_memory()  # only now: what loading has used for a moment goes back
-    model = together(comm, lambda: _model(config, data, comm))
+    try:
+        data = load_shared(config.data, comm)
+        keep_freed_memory()  # only now: what loading has used for a moment goes back
+        model = together(comm, lambda: _model(config, data, comm))
+    except AllLeave:
+        if comm.rank == 0 and not resume:
+            lock.discard()  # no run has begun
+        raise
     resumed = _resume(run, comm) if resume else _Resumed()
     if comm.rank == 0:
         if not resume:

@@ -378,7 +378,7 @@ WHOLE = python2(batch())
         (b"<!DOCTYPE html>", "not a pickle as CIFAR's: byte 0x3c at 0"),
         (b"PK\x03\x04", "not a pickle as CIFAR's: byte 0x50 at 0"),
         (b"\x1f\x8b\x08", "not a pickle as CIFAR's: byte 0x1f at 0"),
-        (b"\x80\x06}.", "not a pickle of protocol 2 to 5, but 6"),
+        (b"\x80\x06}.", "not a pickle of protocol 2 to 4, but 6"),
         (WHOLE[:1], "truncated"),
         (WHOLE[:-1], "truncated: its pickle has no end"),
         (WHOLE[: len(WHOLE) // 2], "truncated: a string of 9216 bytes begins at"),

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -499,17 +501,43 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(root: Path) -> None:
 
 
 def test_one_of_two_killed_while_the_other_works(tmp_path: Path) -> None:
+    """At once, though the other one could go on alone."""
     workers, path = Workers(2), write(tmp_path / "x.png", PNG)
-    os.mkfifo(tmp_path / "never")
     try:
-        stuck = workers.submit(job(tmp_path / "never"))  # whoever takes it waits for a writer
         for _ in range(3):
             assert workers.wait(workers.submit(job(path)))[1] == [""]
         os.kill(workers.pids[0], signal.SIGKILL)
+        while psutil.Process(workers.pids[0]).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
         with pytest.raises(DataError, match=f"process {workers.pids[0]} was killed by SIGKILL"):
-            workers.wait(stuck)
+            workers.wait(workers.submit(job(path)))
     finally:
         workers.close()
+
+
+def test_a_pipe_in_place_of_an_image_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "never")
+    workers = Workers(1)
+    try:
+        said = workers.wait(workers.submit(job(tmp_path / "never")))[1]
+        assert said == ["is not a regular file"]
+    finally:
+        workers.close()
+
+
+def test_deep_grey_takes_no_more_memory_than_a_few_copies(tmp_path: Path) -> None:
+    side = 3000
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.full((side, side), 0x8000, np.uint16)).save(path, compress_level=1)
+    tracemalloc.start()
+    try:
+        (said,) = decode(job(path, side=8), pixels := np.empty((1, 3, 8, 8), np.uint8))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert said == ""
+    assert (pixels == 128).all()
+    assert peak < 6 * side**2  # bytes; numpy's arrays, beside Pillow's own two copies
 
 
 def test_a_worker_that_fails_says_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -122,6 +122,30 @@ def test_a_link_that_leads_nowhere_is_a_missing_image(tmp_path: Path) -> None:
     assert "a/gone.jpg" in names(files(load(tmp_path)))
 
 
+def test_a_link_to_itself_is_a_missing_image_or_nothing(tmp_path: Path) -> None:
+    make(tmp_path, *TRAIN, *VAL)
+    for name in ("a/x.jpg", "a/notes", "notes"):
+        path = tmp_path / "train" / name
+        path.symlink_to(path.name)
+    assert len(load(tmp_path).train) == len(TRAIN) + 1
+
+
+def test_folders_may_be_deep(tmp_path: Path) -> None:
+    make(tmp_path, *TRAIN, *VAL)
+    deep = "train/a" + "/d" * 1500
+    here = os.open(tmp_path / "train" / "a", os.O_RDONLY)
+    try:
+        for _ in range(1500):
+            os.mkdir("d", dir_fd=here)
+            inner = os.open("d", os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = inner
+    finally:
+        os.close(here)
+    write(tmp_path / deep / "x.jpg")
+    assert len(load(tmp_path).train) == len(TRAIN) + 1
+
+
 def test_a_folder_in_itself_is_refused(tmp_path: Path) -> None:
     make(tmp_path, *TRAIN, *VAL)
     (tmp_path / "train/a/sub/up").symlink_to(tmp_path / "train/a")

@@ -344,7 +344,14 @@ def test_missing_shards(tmp_path: Path) -> None:
     write(tmp_path, test=WHOLE)
     assert len(load(tmp_path).test) == 2
     (tmp_path / "train-folder.tar").mkdir()
-    with pytest.raises(DataError, match=r"train-folder.tar: cannot be read \(Is a directory\)"):
+    with pytest.raises(DataError, match=r"train-folder.tar: is not a regular file"):
+        load(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    write(tmp_path, train=WHOLE, val=WHOLE)
+    os.mkfifo(tmp_path / "train-9.tar")
+    with pytest.raises(DataError, match=r"train-9.tar: is not a regular file"):
         load(tmp_path)
 
 

@@ -116,8 +116,8 @@ def _read(path: Path, facts: _Facts) -> _Batch:
         raise DataError(f"{path}: its data is not an array of unsigned bytes; {FRESH_COPY}")
     if pixels.shape != (len(labels), _PIXELS):
         raise DataError(
-            f"{path}: its data has the shape {pixels.shape}, but {len(labels)} labels ask for "
-            f"{(len(labels), _PIXELS)}; {FRESH_COPY}"
+            f"{path}: its data has the shape {pixels.shape!s:.60}, but {len(labels)} labels ask "
+            f"for {(len(labels), _PIXELS)}; {FRESH_COPY}"
         )
     held = len(pixels.data) if isinstance(pixels.data, bytes) else pixels.data.length
     if held < len(labels) * _PIXELS:  # before any memory is taken

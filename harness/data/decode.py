@@ -12,6 +12,7 @@ bits a grey pixel are stored, the upper 8 count; Pillow alone would turn them in
 from __future__ import annotations
 
 import os
+import stat
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ _DRAWS = 2 * _ATTEMPTS + 3
 _LOG_ASPECT = 0.28768207245178093  # ln(4/3)
 _STREAM, _CROP = 1, 0x63726F70  # keeps these keys apart from those of shuffle and augmentation
 _SAMPLE_BITS, _DRAW_BITS = np.uint64(40), np.uint64(5)
+_STRIP = 64  # rows
 _SPARE = 1.5
 """An image is decoded at a half, a quarter or an eighth of its size only where the box then still
 has this many times the pixels, along either axis, that are wanted: the result then differs by about
@@ -183,12 +185,19 @@ def _centre(image: Image.Image, side: int) -> Image.Image:
     return _resized(image, box, (side, side))
 
 
+def _at_once(path: str, flags: int) -> int:
+    """Without waiting for somebody to write into it, should it be a pipe by now."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def _read(place: Place) -> bytes:
     try:
-        with open(place.path, "rb") as file:
-            size = place.size
+        with open(place.path, "rb", opener=_at_once) as file:
+            size, status = place.size, os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CorruptImageError("is not a regular file")
             if size < 0:
-                size = os.fstat(file.fileno()).st_size
+                size = status.st_size
             if size > MAX_BYTES:
                 raise CorruptImageError(f"{size} bytes, more than {MAX_BYTES}")
             file.seek(place.offset)
@@ -247,7 +256,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         raise CorruptImageError("floating-point pixels")
     if not image.mode.startswith("I"):
         return image
-    return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    deep = np.asarray(image)
+    flat = np.empty(deep.shape, np.uint8)
+    for top in range(0, len(deep), _STRIP):  # all at once would take many times the image's memory
+        flat[top : top + _STRIP] = (deep[top : top + _STRIP] >> 8).clip(0, 255)
+    return Image.fromarray(flat)
 
 
 def _said(error: Exception) -> str:

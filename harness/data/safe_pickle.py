@@ -366,8 +366,11 @@ def _string(count: int, utf8: bool = False) -> Operation:
 
 
 def _protocol(machine: _Machine) -> None:
-    if not 2 <= (version := machine.number(1)) <= 5:
-        raise _Corrupt(f"not a pickle of protocol 2 to 5, but {version}")
+    version = machine.number(1)
+    if version == 5:
+        raise _Corrupt("a pickle of protocol 5, in which numpy's arrays differ; save it with 4")
+    if not 2 <= version <= 4:
+        raise _Corrupt(f"not a pickle of protocol 2 to 4, but {version}")
 
 
 # As in pickletools.opcodes. The strings of Python 2 are bytes; protocols above 2 are what current

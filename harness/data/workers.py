@@ -170,6 +170,8 @@ class _Pool:
         return ticket
 
     def finish(self, ticket: Ticket) -> None:
+        # Each time, as the others may go on for long without one that has died.
+        self._check_alive()
         while True:
             progress = self._collect()
             self._flush()
