@@ -5,6 +5,11 @@ VENV := $(CURDIR)/.venv
 # Where no MPI is installed the set-up puts one into the environment.
 export PATH := $(VENV)/bin:$(PATH)
 ARGS ?=
+# Test processes side by side.
+JOBS ?= 2
+PYTEST := $(VENV)/bin/python -m pytest
+# ARGS may select none of a part's tests, which is 5 to pytest.
+NONE := $(if $(ARGS),|| [ $$$$? = 5 ])
 SOURCES := harness launch tests benchmarks
 
 .DEFAULT_GOAL := help
@@ -21,11 +26,13 @@ setup: ## .venv with everything in it
 demo: setup ## a short adaptive-batch run on 2 ranks, with its report
 	@$(VENV)/bin/harness run configs/adabatch-digits.yaml --ranks 2 $(ARGS)
 
+# Those that start ranks need the cores for themselves.
 test: setup ## all tests; ARGS="-k name" for some
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(PYTEST) tests/parallel $(ARGS) $(NONE)
+	@OMP_NUM_THREADS=1 $(PYTEST) --ignore tests/parallel -n $(JOBS) $(ARGS) $(NONE)
 
 test-fast: setup ## the tests that take a few seconds at most
-	@$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+	@OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n $(JOBS) $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(VENV)/bin/ruff check $(SOURCES)
