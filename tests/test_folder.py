@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -142,8 +143,11 @@ def test_folders_may_be_deep(tmp_path: Path) -> None:
             here = inner
     finally:
         os.close(here)
-    write(tmp_path / deep / "x.jpg")
-    assert len(load(tmp_path).train) == len(TRAIN) + 1
+    try:
+        write(tmp_path / deep / "x.jpg")
+        assert len(load(tmp_path).train) == len(TRAIN) + 1
+    finally:  # Python's own way to remove folders is recursive, and pytest would fail at it
+        subprocess.run(["rm", "-rf", str(tmp_path / "train")], check=True)
 
 
 def test_a_folder_in_itself_is_refused(tmp_path: Path) -> None:
