@@ -217,6 +217,7 @@ def test_a_checkpoint_from_before_there_were_layers_keeps_none(run: RunDirectory
 
 
 @given(st.data())
+@pytest.mark.slow
 def test_a_journal_that_is_killed_and_resumed_writes_each_line_once(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

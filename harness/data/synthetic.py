@@ -14,7 +14,6 @@ from torch import Tensor
 
 from harness.data.datasets import Batch, Deferred, ImageData, Pending, normalisation, normalised
 from harness.dataset_table import DEFAULT_SIZES
-from harness.errors import DataError
 from harness.schema import Data
 
 I64 = npt.NDArray[np.int64]
@@ -26,9 +25,7 @@ _MEAN, _STD = 0.5, ((256**2 - 1) / 12) ** 0.5 / 255  # of evenly distributed byt
 
 
 def load(data: Data) -> ImageData:
-    """Nothing is read or made yet. Raises DataError for a cutout, which would have no effect."""
-    if data.cutout is not None:
-        raise DataError(f"data.cutout = {data.cutout} has no meaning for data.dataset = synthetic")
+    """Nothing is read or made yet."""
     side = data.image_size or _SIDE
     shape = (data.channels or _CHANNELS, side, side)
     size, classes = data.size or DEFAULT_SIZES["synthetic"], data.classes or _CLASSES
