@@ -294,7 +294,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 IMAGES = idx_bytes(sample_arrays()["train-images"])
 LABELS = idx_bytes(sample_arrays()["train-labels"])
-ZIPPED = gzip.compress(IMAGES)
+ZIPPED = gzip.compress(IMAGES, mtime=0)
 
 
 @pytest.mark.parametrize("zipped", [False, True])
