@@ -51,6 +51,8 @@ class Job:
 
     def __init__(self, run_dir: Path, *arguments: str, cwd: Path | None = None) -> None:
         self.run_dir = run_dir
+        self.attempts_before = attempts(run_dir)
+        self.ranks: dict[int, psutil.Process] = {}
         self.process = subprocess.Popen(
             command(*arguments),
             stdout=subprocess.PIPE,
@@ -72,16 +74,22 @@ class Job:
             self.process.stdout.close()
 
     def wait_for_update(self, update: int) -> None:
-        """Return once metrics.jsonl tells of that update, or the job has ended."""
+        """Return once this job has done that update, or has ended.
+
+        Lines of an earlier attempt, which may have come further, do not count: they are cut
+        before the attempt writes that it has begun.
+        """
         while self.process.poll() is None:
-            if last_update(self.run_dir) >= update:
-                return
+            if attempts(self.run_dir) > self.attempts_before:
+                self.ranks = self.ranks or rank_processes(self.run_dir)  # so that a kill is quick
+                if last_update(self.run_dir) >= update:
+                    return
             time.sleep(0.005)
 
     def signal_rank(self, rank: int, number: signal.Signals) -> None:
-        processes = rank_processes(self.run_dir)
-        assert rank in processes, f"rank {rank} is not running: {self.process.poll()}"
-        processes[rank].send_signal(number)
+        self.ranks = self.ranks or rank_processes(self.run_dir)
+        assert rank in self.ranks, f"rank {rank} is not running: {self.process.poll()}"
+        self.ranks[rank].send_signal(number)
 
     def finish(self) -> tuple[int, str]:
         """Exit code and everything that was printed."""
@@ -103,6 +111,13 @@ def rank_processes(run_dir: Path) -> dict[int, psutil.Process]:
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue
     return found
+
+
+def attempts(run_dir: Path) -> int:
+    """How often ranks have begun to train in that directory."""
+    path = run_dir / "events.jsonl"
+    content = path.read_bytes() if path.exists() else b""
+    return content.count(b'"kind":"start"') + content.count(b'"kind":"resume"')
 
 
 def last_update(run_dir: Path) -> int:

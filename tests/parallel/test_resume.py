@@ -42,7 +42,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_twenty_kills_at_random_updates_change_nothing(undisturbed: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     choice = random.Random(2026)
-    kills = sorted(choice.sample(range(1, UPDATES - 10), 20))
+    kills = sorted(choice.sample(range(1, UPDATES - 30), 20))
     for attempt, update in enumerate(kills):
         victim = choice.randrange(2)
         with Job(directory, *run_arguments(directory, 2, *SETTINGS, resume=attempt > 0)) as job:
