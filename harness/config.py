@@ -86,7 +86,9 @@ _MAX_CHAIN = 20
 def _parse_override(text: str) -> Document:
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
-    if not equals or not all(part.isidentifier() for part in parts):
+    # sbatch's options, which are keys of slurm.options, have dashes.
+    names = [parts[0], *(part.replace("-", "_") for part in parts[1:])]
+    if not equals or not all(name.isidentifier() for name in names):
         raise ConfigError(
             f"{shown(text)} is not an override; write KEY=VALUE such as batch.initial=128"
         )

@@ -23,6 +23,7 @@ _FREE = frozenset(
         "ranks.per_node",
         "ranks.threads",
         "ranks.pin",
+        "ranks.restart_seconds",
         "comm.backend",
         "comm.controller",
         "comm.bucket_mb",
@@ -32,6 +33,7 @@ _FREE = frozenset(
         "train.keep_checkpoints",
     }
 )
+_FREE_SECTIONS = ("paper.", "launch.", "slurm.")
 
 
 def check_same_run(config: Config, run: RunDirectory) -> None:
@@ -41,7 +43,9 @@ def check_same_run(config: Config, run: RunDirectory) -> None:
     changed = [
         f"{key}: {before.get(key)} → {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key not in _FREE and not key.startswith("paper.")
+        if before.get(key) != after.get(key)
+        and key not in _FREE
+        and not key.startswith(_FREE_SECTIONS)
     ]
     if changed:
         raise RunDirectoryError(

@@ -1,7 +1,6 @@
 """The schema of a configuration: every key, its type, its default and its limits.
 
-Every section is frozen, refuses unknown keys, and is strict about types: a count is a whole number,
-not a fraction or a boolean; no number is infinite or NaN.
+The sections launch and slurm are in ``harness.launch_schema``.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     PlainValidator,
@@ -20,24 +17,13 @@ from pydantic import (
 )
 
 from harness.dataset_table import OPTIONAL, check_dataset
+from harness.launch_schema import Launch, Slurm
 from harness.model_table import check_model
 from harness.optimizer_table import OPTIMIZERS, REFUSED, check_options
+from harness.section import Count, Section
 from harness.units import Duration
 from harness.yamlfile import shown
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        arbitrary_types_allowed=True,
-        validate_default=False,
-    )
-
-
-Count = Annotated[int, Field(ge=1, le=2**53)]
 Length = Annotated[
     Duration,
     BeforeValidator(Duration.parse),
@@ -346,6 +332,9 @@ class Ranks(Section):
     """Threads of each rank; default: the host's cores divided by its ranks."""
     pin: bool = False
     """Bind each rank to cores of its own, where the launcher has not."""
+    restart_seconds: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    """What it costs to start again with more ranks; default: what the last start took. Ranks do not
+    grow for less than that, and accumulation makes up for them; 0: they always grow."""
 
     @property
     def ceiling(self) -> int:
@@ -701,6 +690,8 @@ class Config(Section):
     lr: LearningRate
     comm: Comm = Comm()
     train: Train
+    launch: Launch = Launch()
+    slurm: Slurm = Slurm()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 from launch.spec import LaunchSpec
 
 
-def arguments(spec: LaunchSpec, as_root: bool | None = None) -> list[str]:
-    """The options that Horovod's documentation gives for Open MPI, and the variables to pass on.
-
-    ``as_root``: whether to allow root, which Open MPI refuses otherwise; default: if this is root.
-    """
-    allow = ["--allow-run-as-root"] if (os.geteuid() == 0 if as_root is None else as_root) else []
+def arguments(spec: LaunchSpec) -> list[str]:
+    """The options that Horovod's documentation gives for Open MPI, and the variables to pass on."""
+    allow = ["--allow-run-as-root"] if spec.as_root else []
     passed = [part for name in sorted(spec.environment) for part in ("-x", name)]
     return [
         "mpirun",

@@ -28,6 +28,20 @@ class LaunchSpec:
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables that every rank gets besides the launching process's own."""
     controller: Literal["mpi", "gloo"] = "mpi"
+    interfaces: tuple[str, ...] = ()
+    """Network interfaces by name; none: the engines' own choice."""
+    bind: Literal["none", "core", "numa", "socket"] = "none"
+    """What each rank is bound to."""
+    cores_per_rank: int | None = None
+    """Cores that srun gives each rank; None: what the job says."""
+    mpi: Literal["openmpi4", "openmpi5", "mpich"] = "openmpi4"
+    """Whose mpirun it is."""
+    srun_mpi: str = "pmix"
+    """What srun starts the ranks as."""
+    srun_options: tuple[str, ...] = ()
+    """Further words for srun, such as Pyxis's --container-image."""
+    as_root: bool = False
+    """Whether root starts them, which Open MPI allows only where it is told to."""
 
 
 @dataclass(frozen=True)

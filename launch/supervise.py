@@ -202,6 +202,7 @@ def _spec(
         command=tuple(command),
         environment=_variables(config, placed, ranks, directory, grow=request.ranks is None),
         controller=config.comm.controller,
+        as_root=os.geteuid() == 0,
     )
 
 

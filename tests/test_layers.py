@@ -22,6 +22,8 @@ ABOVE_THE_LINE = (
     "harness.optimizer_table",
     "harness.dataset_table",
     "harness.model_table",
+    "harness.section",
+    "harness.launch_schema",
     "harness.schema",
     "harness.keyed",
     "harness.data_listing",
