@@ -73,6 +73,26 @@ def has_finished(run: RunDirectory) -> bool:
     return last == "end"
 
 
+def ranks_of_late(run: RunDirectory) -> int:
+    """Ranks that the run's last attempt had, or asked for as it stopped; 0 if it had none."""
+    ranks = 0
+    for event in read_jsonl(run.events):
+        if event and event.get("kind") in ("start", "resume", "stop"):
+            named = event.get("ranks_wanted") or event.get("ranks")
+            ranks = named if isinstance(named, int) else ranks
+    return ranks
+
+
+def ranks_wanted(run: RunDirectory) -> int:
+    """Ranks that the run asked for when it last stopped; 0 if it did not ask."""
+    wanted = 0
+    for event in read_jsonl(run.events):
+        if event and event.get("kind") == "stop":
+            named = event.get("ranks_wanted")
+            wanted = named if isinstance(named, int) else 0
+    return wanted
+
+
 def _flat(value: object, prefix: str = "") -> dict[str, object]:
     if not isinstance(value, dict):
         return {prefix: value}

@@ -27,8 +27,8 @@ from harness.errors import (
     UsageError,
 )
 from harness.progress import local_display
-from harness.records import RunDirectory, RunLock, check_unlocked, read_jsonl
-from harness.resume import check_same_run, has_finished
+from harness.records import RunDirectory, RunLock, check_unlocked
+from harness.resume import check_same_run, has_finished, ranks_of_late, ranks_wanted
 from harness.schedule.plan import build_plan
 from harness.schema import Config
 from launch import horovodrun, mpirun
@@ -111,7 +111,7 @@ def _run_segments(
                 raise StoppedEarly(
                     f"stopped on request with a checkpoint; {_how_to_go_on(directory)}"
                 )
-            wanted = _ranks_wanted(directory)
+            wanted = ranks_wanted(directory)
             print(f"harness: going on with {_count(wanted)}")
             spec = _spec(replace(request, resume=True), config, hosts, wanted, directory)
     except UsageError:
@@ -142,7 +142,7 @@ def _first_ranks(
     configured."""
     ranks = request.ranks
     if ranks is None:
-        ranks = _ranks_of_late(directory) if request.resume else 0
+        ranks = ranks_of_late(directory) if request.resume else 0
         ranks = ranks or config.ranks.start
     if config.comm.backend == "solo" and ranks > 1:
         raise ConfigError(
@@ -244,7 +244,7 @@ def _launch(spec: LaunchSpec, argv: list[str], directory: RunDirectory) -> Liter
         return "done"
     _raise_words(directory)
     if StoppedEarly.exit_code in (ended.exit_code, ended.death and ended.death.exit_code):
-        if _ranks_wanted(directory) > spec.ranks:
+        if ranks_wanted(directory) > spec.ranks:
             return "grow"
         raise StoppedEarly(f"stopped on request with a checkpoint; {_how_to_go_on(directory)}")
     raise RankFailure(_obituary(ended, directory))
@@ -292,26 +292,6 @@ def _cause(death: Death) -> str:
             name = "unknown"
         return f"rank {death.rank}{where} was killed by signal {death.signal} ({name})"
     return f"rank {death.rank}{where} ended with exit code {death.exit_code}"
-
-
-def _ranks_of_late(directory: RunDirectory) -> int:
-    """Ranks that the run's last attempt had, or asked for as it stopped; 0 if it had none."""
-    ranks = 0
-    for event in read_jsonl(directory.events):
-        if event and event.get("kind") in ("start", "resume", "stop"):
-            named = event.get("ranks_wanted") or event.get("ranks")
-            ranks = named if isinstance(named, int) else ranks
-    return ranks
-
-
-def _ranks_wanted(directory: RunDirectory) -> int:
-    """Ranks that the run asked for when it last stopped; 0 if it did not ask."""
-    wanted = 0
-    for event in read_jsonl(directory.events):
-        if event and event.get("kind") == "stop":
-            named = event.get("ranks_wanted")
-            wanted = named if isinstance(named, int) else 0
-    return wanted
 
 
 def _report(directory: RunDirectory) -> int:
