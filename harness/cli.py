@@ -42,7 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse, letting overrides stand after options too, which argparse alone does not."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    words, of_sbatch = list(sys.argv[1:] if arguments is None else arguments), list[str]()
+    if words[:1] == ["submit"]:
+        from launch.slurm import split_words
+        from launch.submit import OPTIONS
+
+        words, of_sbatch = split_words(words, OPTIONS)
+    options, rest = parser.parse_known_args(words)
+    if of_sbatch:
+        options.sbatch = of_sbatch
     if rest and hasattr(options, "overrides") and not any(word.startswith("-") for word in rest):
         options.overrides += rest
     elif rest:
@@ -75,14 +83,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(run)
     run.add_argument("--ranks", type=int, metavar="N", help="ranks from start to end")
     run.add_argument("--hosts", metavar="A:2,B:2", help="hosts and their slots; default: this one")
+    run.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts as MPI has them")
     run.add_argument(
         "--launcher",
-        choices=("horovodrun", "mpirun"),
-        default="horovodrun",
-        help="what starts the ranks (default: %(default)s)",
+        choices=("horovodrun", "mpirun", "srun", "local"),
+        help="what starts the ranks; default: srun in a Slurm job, else horovodrun",
     )
     run.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/NAME-TIME")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    run.add_argument(
+        "--go-on", action="store_true", help="resume if there is a run in DIR, else start one"
+    )
+    run.add_argument(
+        "--max-restarts", type=int, metavar="N", help="restarts after failures (default: 3)"
+    )
     run.add_argument("--dry-run", action="store_true", help="print the command and stop")
     run.set_defaults(run=_run)
 
@@ -91,6 +105,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--run-dir", type=Path, metavar="DIR", required=True)
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     train.set_defaults(run=_train)
+
+    _add_submit(commands)
+
+    status = commands.add_parser("status", help="where a run and its batch jobs are")
+    status.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="or a directory of several")
+    status.add_argument("--json", action="store_true", help="for programs")
+    status.set_defaults(run=_status)
 
     report = commands.add_parser("report", help="one page from one or more run directories")
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
@@ -103,6 +124,35 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--data", type=Path, metavar="DIR", help="look for data sets' files there")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_submit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    submit = commands.add_parser(
+        "submit",
+        help="queue the run on a Slurm cluster",
+        description="Queue a run on a Slurm cluster: a job for each number of ranks that its plan "
+        "has, each after the one before. All options that are not listed here are sbatch's, in "
+        "their long form: --partition=debug, --time 30.",
+        allow_abbrev=False,
+    )
+    _add_config(submit)
+    submit.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/NAME-TIME")
+    submit.add_argument("--ranks", type=int, metavar="N", help="ranks from start to end")
+    submit.add_argument(
+        "--nodes", metavar="1,2,4", help="a scaling series: a run on each number of nodes"
+    )
+    submit.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="a run for each value, as a job array; several make a grid",
+    )
+    submit.add_argument("--limit", type=int, metavar="N", help="runs of a sweep at one time")
+    submit.add_argument("--probe", action="store_true", help="measure collectives, train nothing")
+    submit.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    submit.add_argument("--dry-run", action="store_true", help="write the scripts and stop")
+    submit.set_defaults(run=_submit, sbatch=[])
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -150,12 +200,42 @@ def _run(options: argparse.Namespace) -> int:
             overrides=tuple(options.overrides),
             ranks=options.ranks,
             hosts=options.hosts,
+            hostfile=options.hostfile,
             launcher=options.launcher,
             run_dir=options.run_dir,
             resume=options.resume,
+            go_on=options.go_on,
+            max_restarts=options.max_restarts,
             dry_run=options.dry_run,
         )
     )
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from launch.submit import SubmitRequest, submit
+
+    return submit(
+        SubmitRequest(
+            config_path=options.config,
+            overrides=tuple(options.overrides),
+            sbatch=tuple(options.sbatch),
+            run_dir=options.run_dir,
+            ranks=options.ranks,
+            nodes=options.nodes,
+            sweep=tuple(options.sweep),
+            limit=options.limit,
+            probe=options.probe,
+            dry_run=options.dry_run,
+            resume=options.resume,
+        )
+    )
+
+
+def _status(options: argparse.Namespace) -> int:
+    from launch.status import print_status
+
+    print_status(options.run_dir, options.json)
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness.schema import Comm
@@ -15,7 +17,20 @@ FAILURE_DIR = "HARNESS_FAILURE_DIR"
 PROGRESS = "HARNESS_PROGRESS"
 """``relay``: rank 0 prints progress as marked lines, which `harness run` turns into a live bar."""
 GROW = "HARNESS_GROW"
-"""``1``: a supervisor starts the next segment, so stop with code 75 when it wants more ranks."""
+"""The most ranks that someone can start next, so stop with code 75 when as many are wanted; 0: this
+launch goes on to the end."""
+LAUNCHED_AT = "HARNESS_LAUNCHED_AT"
+"""When the ranks were started, in seconds since the epoch: what a start costs is measured by it."""
+RANKS_PER_GPU = "HARNESS_RANKS_PER_GPU"
+"""How many ranks share a GPU."""
+MPS = "HARNESS_MPS"
+"""``1``: start CUDA's MPS on each host."""
+LAUNCHER = "HARNESS_LAUNCHER"
+"""What started them, for the provenance."""
+ELASTIC = "HARNESS_ELASTIC"
+"""``MIN:MAX``: Horovod Elastic has started the ranks, and there may be so many of them."""
+DISCOVERY = "HARNESS_DISCOVERY"
+"""The folder that tells Horovod Elastic which hosts there are (`launch.elastic`)."""
 
 CYCLE_TIME = "HOROVOD_CYCLE_TIME"
 """Milliseconds between two looks for work of Horovod's background thread."""
@@ -29,6 +44,14 @@ _SIZES = ("OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "SLURM_STEP_NUM_TASKS")
 _RANKS = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 _LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
 _LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "HOROVOD_LOCAL_RANK", "SLURM_LOCALID")
+_PLACE = (
+    "HOROVOD_RANK",
+    "HOROVOD_SIZE",
+    "HOROVOD_LOCAL_RANK",
+    "HOROVOD_LOCAL_SIZE",
+    "HOROVOD_CROSS_RANK",
+    "HOROVOD_CROSS_SIZE",
+)
 _OF_MPI = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 
 FORWARDED = ("HOROVOD_", "NCCL_", "GLOO_", "MASTER_ADDR", "MASTER_PORT")
@@ -97,6 +120,32 @@ def horovodrun_store() -> tuple[str, int] | None:
     return (address, port) if address and port else None
 
 
+def elastic_bounds() -> tuple[int, int] | None:
+    """The least and the most ranks of an elastic world; None if the world does not change."""
+    least, colon, most = os.environ.get(ELASTIC, "").partition(":")
+    if not (colon and least.isdigit() and most.isdigit()):
+        return None
+    return int(least), int(most)
+
+
+def discovery_dir() -> Path:
+    """Only under Horovod Elastic."""
+    return Path(os.environ[DISCOVERY])
+
+
+def elastic_slot() -> str:
+    """By what Horovod Elastic knows this process, whatever rank it has: ``HOST:LOCAL_RANK``."""
+    return f"{os.environ['HOROVOD_HOSTNAME']}:{os.environ['HOROVOD_LOCAL_RANK']}"
+
+
+def take_place(numbers: Sequence[int]) -> None:
+    """Write down what Horovod Elastic makes of this process in its next world: rank and size, of
+    all, of its host, and across hosts."""
+    os.environ.update(zip(_PLACE, map(str, numbers), strict=True))
+    # Else Horovod asks for the same place once more, and its driver counts two ranks.
+    os.environ["HOROVOD_ELASTIC"] = "0"
+
+
 def communication_settings(comm: Comm) -> dict[str, str]:
     """The variables for what a configuration says about Horovod and MPI.
 
@@ -127,8 +176,35 @@ def relays_progress() -> bool:
     return os.environ.get(PROGRESS) == "relay"
 
 
-def supervised_growth() -> bool:
-    return os.environ.get(GROW) == "1"
+def growth_limit() -> int:
+    """The most ranks that this run may ask for; 0 if nobody would start them."""
+    return _first((GROW,)) or 0
+
+
+def seconds_since_launch() -> float | None:
+    """How long ago the ranks were started, by the clock on the wall; None if nobody said when."""
+    try:
+        return max(0.0, time.time() - float(os.environ[LAUNCHED_AT]))
+    except (KeyError, ValueError):
+        return None
+
+
+def launched_now() -> None:
+    """Measure by this moment what the next start takes, if it is measured at all."""
+    if LAUNCHED_AT in os.environ:
+        os.environ[LAUNCHED_AT] = str(time.time())
+
+
+def ranks_per_gpu() -> int:
+    return _first((RANKS_PER_GPU,)) or 1
+
+
+def wants_mps() -> bool:
+    return os.environ.get(MPS) == "1"
+
+
+def launcher() -> str | None:
+    return os.environ.get(LAUNCHER)
 
 
 def host() -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from harness.comm.base import Communicator
-from harness.environment import host, usable_cores
+from harness.environment import host, launcher, usable_cores
 from harness.records import now
 
 _PACKAGES = (
@@ -54,6 +54,7 @@ def collect(comm: Communicator) -> dict[str, Any]:
     """Provenance of a run as plain data; called on rank 0."""
     return {
         "started": now(),
+        "launcher": launcher(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "versions": {
             "python": platform.python_version(),

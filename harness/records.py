@@ -238,6 +238,15 @@ class JsonlWriter:
                 f"{self._path}: only {written} of {len(line)} bytes were written; disk full?"
             )
 
+    def end_line(self) -> None:
+        """Make what follows a line of its own, after a writer that was killed in the middle of
+        one."""
+        end = os.lseek(self._fd, 0, os.SEEK_END)
+        with open(self._path, "rb") as file:
+            file.seek(max(0, end - 1))
+            if file.read(1) not in (b"", b"\n"):
+                os.write(self._fd, b"\n")
+
     def sync(self) -> None:
         """Wait until every line is on the disk."""
         os.fsync(self._fd)
@@ -261,6 +270,27 @@ def _parse(line: bytes) -> Record | None:
         with suppress(ValueError, RecursionError):
             record = json.loads(line)
     return record if isinstance(record, dict) else None
+
+
+def furthest(run: RunDirectory) -> tuple[int, int]:
+    """(updates, samples) up to which the records tell of training; at most a logging window less
+    than what was done."""
+    updates = samples = 0
+    for record in (*read_jsonl(run.events), _last_line(run.metrics)):
+        update, seen = (record or {}).get("update"), (record or {}).get("samples_seen")
+        if isinstance(update, int) and isinstance(seen, int) and update > updates:
+            updates, samples = update, seen
+    return updates, samples
+
+
+def _last_line(path: Path) -> Record | None:
+    """The last whole line of a JSON Lines file that may be too long to read."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**16))
+        whole = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+    return _parse(whole[-1]) if whole else None
 
 
 def spread_lines(path: Path, at_most: int) -> tuple[list[Record | None], int]:

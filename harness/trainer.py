@@ -23,6 +23,7 @@ from harness.comm.base import Communicator
 from harness.consistency import check_equal
 from harness.data.datasets import ImageData, Split
 from harness.data.sampler import permute
+from harness.elastic import Membership, Regroup
 from harness.errors import HarnessError, StoppedEarly
 from harness.evaluate import Evaluation, evaluate
 from harness.gradient_step import Gradient, GradientStep
@@ -35,7 +36,7 @@ from harness.schedule.clock import Clock, step, update_size
 from harness.schedule.configured import rate_schedule, stage_scheduler
 from harness.schedule.growth import BatchDecision, Observation
 from harness.schedule.noise import NoiseScale
-from harness.schedule.plan import Decomposition, decompose, ranks_for, run_end
+from harness.schedule.plan import Decomposition, decompose, ranks_for, run_end, samples_until_growth
 from harness.schedule.rates import Rates
 from harness.schema import Config
 from harness.stop import StopRequest
@@ -62,13 +63,19 @@ class Trainer:
         journal: Journal,
         display: Display,
         stop: StopRequest,
-        grow: bool = False,
+        grow: int = 0,
+        start_seconds: float | None = None,
         tuned: Tuned | None = None,
+        membership: Membership | None = None,
     ) -> None:
-        """``grow``: stop with a checkpoint where the plan wants more ranks than there are;
-        ``tuned``: what stands in place of the configuration's settings of the same names."""
+        """``grow``: stop with a checkpoint where the plan wants more ranks than there are, if it is
+        worth what a start takes (``start_seconds``; None: not known, so it is), up to this many;
+        ``tuned``: what stands in place of the configuration's settings of the same names;
+        ``membership``: where ranks can come and go without an end of the processes."""
+        self._membership = membership
         self._config, self._data, self._model, self._comm = config, data, model, comm
-        self._journal, self._display, self._stop, self._grow = journal, display, stop, grow
+        self._journal, self._display, self._stop = journal, display, stop
+        self._grow, self._start_seconds = grow, start_seconds
         size = len(data.train)
         self.clock = Clock(0, 0, size)
         self._end = run_end(config, size)
@@ -196,7 +203,8 @@ class Trainer:
     def _enter_stage(self, decision: BatchDecision, pieces: Decomposition) -> None:
         self._flush_window()  # a line holds updates of one stage only
         wanted = ranks_for(decision.batch, self._config.batch, self._config.ranks)
-        if self._grow and wanted > self._comm.size and self.clock.updates:
+        wanted = min(wanted, self._grow)
+        if wanted > self._comm.size and self.clock.updates and self._growth_pays(decision, wanted):
             self._stop_with_checkpoint(f"stage {decision.stage} wants {wanted} ranks", wanted)
         self._stage = decision.stage
         self._journal.event(
@@ -213,13 +221,37 @@ class Trainer:
             reason=decision.reason,
         )
 
+    def _growth_pays(self, decision: BatchDecision, wanted: int) -> bool:
+        """Whether so many ranks save more time, until the schedule wants still more of them, than a
+        start takes. If not, accumulation makes up for them: the updates are the same."""
+        settled, pace = self._config.ranks.restart_seconds, self._pace.images_per_sec
+        cost = self._start_seconds if settled is None else settled
+        if cost is None or settled == 0 or not pace:
+            return True
+        samples = samples_until_growth(self._config, self.clock, wanted)
+        saved = samples / pace * (1 - self._comm.size / wanted)
+        if self._agree(int(saved >= cost)):  # each rank has a clock of its own
+            return True
+        self._journal.event(
+            "merged_segment",
+            self.clock.updates,
+            stage=decision.stage,
+            ranks=self._comm.size,
+            ranks_wanted=wanted,
+            seconds_saved=saved,
+            restart_seconds=cost,
+            reason=f"{wanted} ranks would save {saved:.1f} s of stage {decision.stage}, and "
+            f"starting them takes {cost:.1f} s",
+        )
+        return False
+
     def _update(self, decision: BatchDecision, pieces: Decomposition) -> None:
         epoch_end = self._config.batch.epoch_end
         size = update_size(self.clock, decision.batch, epoch_end, self._end)
         rates = self._rates.at(self.clock, decision)
         self._phases.restart()
         gradient = self._step.gradient(
-            self.clock.samples, size, self._following(decision.batch), self._stop.asked
+            self.clock.samples, size, self._following(decision.batch), self._wants_to_leave
         )
         before, self.clock = self.clock, step(self.clock, size)
         self._left_out += len(gradient.corrupt)
@@ -231,7 +263,7 @@ class Trainer:
         news = self._milestones(before)
         self._show(decision, pieces, gradient.loss, news)
         if gradient.stop_asked and not self._end.reached(self.clock):
-            self._stop_with_checkpoint("asked to stop")
+            self._leave()
 
     def _following(self, batch: int) -> Iterator[tuple[int, int]]:
         """(samples seen, size) of all updates after this one if the batch stays."""
@@ -380,7 +412,38 @@ class Trainer:
             self._journal.save(self.clock.updates, self.clock.samples, state)
         self._saved_at = self.clock.updates
 
+    def _wants_to_leave(self) -> bool:
+        """Whether this rank has a reason to end its work after this update."""
+        return self._stop.asked() or (self._membership is not None and self._membership.changed)
+
+    def _leave(self) -> None:
+        """Stop, or, if that is why some rank wanted to leave, go on in another world."""
+        members = self._membership
+        if members is not None and members.leaves(self._comm, self._stop.asked()):
+            self._save()
+            raise Regroup("the hosts have changed")
+        self._stop_with_checkpoint("asked to stop")
+
+    def _grow_in_place(self, members: Membership, reason: str, wanted: int) -> None:
+        """Leave for a world of more ranks; if there are none to be had, accumulation goes on making
+        up for them."""
+        refusal = members.grow(self._comm, wanted)
+        if refusal is None:
+            self._save()
+            raise Regroup(reason)
+        self._journal.event(
+            "not_grown",
+            self.clock.updates,
+            samples_seen=self.clock.samples,
+            ranks=self._comm.size,
+            ranks_wanted=wanted,
+            reason=f"{reason}, but {refusal}",
+        )
+
     def _stop_with_checkpoint(self, reason: str, ranks_wanted: int | None = None) -> None:
+        if self._membership is not None and ranks_wanted is not None:
+            self._grow_in_place(self._membership, reason, ranks_wanted)
+            return
         self._save()
         self._journal.event(
             "stop",

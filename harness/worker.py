@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import shutil
+import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +24,8 @@ from harness.comm.together import AllLeave, exit_code_of, together
 from harness.config import dump_config, load_config
 from harness.data.datasets import ImageData
 from harness.data.shared import load_shared
-from harness.errors import HarnessError, PeerLost, RunDirectoryError, StoppedEarly
+from harness.elastic import LeftOut, Membership, Regroup
+from harness.errors import HarnessError, PeerLost, RankFailure, RunDirectoryError, StoppedEarly
 from harness.evaluate import Evaluation
 from harness.journal import Journal
 from harness.memory import keep_freed_memory
@@ -32,6 +36,7 @@ from harness.records import (
     Position,
     RunDirectory,
     RunLock,
+    furthest,
     read_jsonl,
     rewind,
     write_atomic,
@@ -55,6 +60,8 @@ class _Resumed:
     state: checkpoint.State | None = None
     lines_missing: int = 0
     """Lines of metrics.jsonl that the checkpoint counts on and that are gone."""
+    furthest: tuple[int, int] = (0, 0)
+    """Updates and samples that the attempt before came to."""
 
     @property
     def position(self) -> Position:
@@ -66,9 +73,32 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: Path, resume: bo
     comm: Communicator | None = None
     try:
         config = load_config(config_path, overrides)
-        _set_threads(config)
-        comm = open_communicator(config.comm)
-        _run(config, RunDirectory(run_dir), resume, comm)
+        _start_mps()
+        run = RunDirectory(run_dir)
+        stop = StopRequest(run.stop_request)
+        membership = Membership.of_this_process()
+        finished = False
+        while not finished:  # once, unless ranks come and go while the processes live
+            try:
+                if membership is not None:
+                    membership.assemble()
+                _set_threads(config)
+                comm = open_communicator(config.comm)
+                _run(config, run, resume, comm, stop, membership)
+                finished = True
+            except (Regroup, PeerLost) as left:
+                if membership is None:
+                    raise
+                reason, lost_one = str(left), isinstance(left, PeerLost)
+            if membership is not None and not finished:
+                if comm is not None:
+                    comm.close()
+                    comm = None
+                gc.collect()  # the model and its hooks, which refer to each other
+                membership.rejoin(reason, lost_one)
+    except LeftOut as left_out:
+        print(f"harness: {left_out}", file=sys.stderr)
+        return 0
     except AllLeave as leave:
         if leave.mine is not None:
             _last_words(leave.mine, comm)
@@ -91,48 +121,69 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: Path, resume: bo
     return code
 
 
-def _run(config: Config, run: RunDirectory, resume: bool, comm: Communicator) -> Evaluation:
-    stop = StopRequest(run.stop_request)
+def _run(
+    config: Config,
+    run: RunDirectory,
+    resume: bool,
+    comm: Communicator,
+    stop: StopRequest,
+    membership: Membership | None,
+) -> Evaluation:
     stop.listen()
+    if membership is not None:
+        resume = membership.settle(comm, run, resume)
     lock = RunLock(run)
-    together(comm, lambda: _take(config, run, lock, resume) if comm.rank == 0 else None)
-    try:
-        data = load_shared(config.data, comm)
-        keep_freed_memory()  # only now: what loading has used for a moment goes back
-        model = together(comm, lambda: _model(config, data, comm))
-    except AllLeave:
-        if comm.rank == 0 and not resume:
-            lock.discard()  # no run has begun
-        raise
-    resumed = _resume(run, comm) if resume else _Resumed()
-    if comm.rank == 0:
-        if not resume:
-            write_atomic(run.config, dump_config(config).encode())
-        resumed.lines_missing = rewind(run, resumed.position)
-        if environment.failure_dir() is None:  # else `harness run` has cleared it before the start
-            stop.clear()
-    journal = Journal(run, comm.rank == 0, config.train.keep_checkpoints, resumed.position)
-    display = _display(comm)
-    tuned = together(comm, lambda: _tune(config, model, data, comm, resumed))
-    trainer = Trainer(
-        config, data, model, comm, journal, display, stop, environment.supervised_growth(), tuned
-    )
-    if resumed.state is not None:
-        state = resumed.state
-        together(comm, lambda: trainer.load_state_dict(state))
-    if comm.rank == 0:
-        _introduce(config, run, comm, trainer, journal, resumed)
-        if tuned is not None:
-            journal.event("autotune", trainer.clock.updates, **tuned.as_dict())
-    if tuned is None:
-        _check_compression(config, model, comm, trainer.clock.updates, journal, display)
-    try:
+    with ExitStack() as held:
+        held.callback(lock.release)
+        together(comm, lambda: _take(config, run, lock, resume) if comm.rank == 0 else None)
+        try:
+            data = load_shared(config.data, comm)
+            held.callback(data.train.close)
+            held.callback(data.test.close)
+            keep_freed_memory()  # only now: what loading has used for a moment goes back
+            model = together(comm, lambda: _model(config, data, comm))
+        except AllLeave:
+            if comm.rank == 0 and not resume:
+                lock.discard()  # no run has begun
+            raise
+        resumed = _resume(run, comm) if resume else _Resumed()
+        if comm.rank == 0:
+            if not resume:
+                write_atomic(run.config, dump_config(config).encode())
+            resumed.furthest = furthest(run)
+            resumed.lines_missing = rewind(run, resumed.position)
+            if environment.failure_dir() is None and membership is None:
+                stop.clear()  # else who has started the ranks has done so before
+        journal = Journal(run, comm.rank == 0, config.train.keep_checkpoints, resumed.position)
+        held.callback(journal.close)
+        display = _display(comm)
+        held.callback(display.close)
+        tuned = together(comm, lambda: _tune(config, model, data, comm, resumed))
+        trainer = Trainer(
+            config,
+            data,
+            model,
+            comm,
+            journal,
+            display,
+            stop,
+            environment.growth_limit(),
+            environment.seconds_since_launch(),
+            tuned,
+            membership,
+        )
+        if resumed.state is not None:
+            state = resumed.state
+            together(comm, lambda: trainer.load_state_dict(state))
+        if comm.rank == 0:
+            _introduce(config, run, comm, trainer, journal, resumed)
+            if tuned is not None:
+                journal.event("autotune", trainer.clock.updates, **tuned.as_dict())
+            if membership is not None and membership.reason is not None:
+                journal.event("regroup", trainer.clock.updates, reason=membership.reason)
+        if tuned is None:
+            _check_compression(config, model, comm, trainer.clock.updates, journal, display)
         return trainer.run()
-    finally:
-        data.train.close()
-        data.test.close()
-        display.close()
-        journal.close()
 
 
 def _model(config: Config, data: ImageData, comm: Communicator) -> nn.Module:
@@ -251,6 +302,9 @@ def _introduce(
         samples_seen=trainer.clock.samples,
         checkpoint=resumed.name or None,
         metrics_lines_missing=resumed.lines_missing,
+        start_seconds=environment.seconds_since_launch(),
+        updates_repeated=max(0, resumed.furthest[0] - trainer.clock.updates),
+        samples_repeated=max(0, resumed.furthest[1] - trainer.clock.samples),
     )
     for name, why in resumed.rejected:
         journal.event("checkpoint_rejected", trainer.clock.updates, file=name, reason=why)
@@ -265,6 +319,17 @@ def _set_threads(config: Config) -> None:
     else:
         share = max(1, environment.usable_cores() // ranks)
     torch.set_num_threads(config.ranks.threads or share)
+
+
+def _start_mps() -> None:
+    """Start CUDA's MPS on this host if it is asked for and there: the ranks that share a GPU then
+    compute at once, instead of by turns. It stays for later launches, as its documentation has it.
+
+    Joining the other ranks comes after it, and the first use of a GPU after that.
+    """
+    daemon = shutil.which("nvidia-cuda-mps-control")
+    if environment.wants_mps() and environment.launched_local_rank() == 0 and daemon:
+        subprocess.run([daemon, "-d"], check=False, timeout=60, capture_output=True)
 
 
 def _pin(local_rank: int, ranks: int) -> None:
@@ -312,6 +377,8 @@ def _last_words(error: Exception, comm: Communicator | None) -> int:
         "exit_code": code,
         "message": message,
         "consequence": isinstance(error, PeerLost),
+        # A machine's failure may be gone the next time; what follows from the run itself is not.
+        "final": isinstance(error, HarnessError) and not isinstance(error, RankFailure),
         "traceback": None if known else "".join(traceback.format_exception(error)),
     }
     try:

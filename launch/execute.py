@@ -8,29 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
 from harness.errors import LaunchError
 from harness.progress import Display, parse_relayed
-from launch.spec import Death, LaunchSpec, first_death
+from launch.outcome import Ended
+from launch.spec import LaunchSpec
 
-_TAG = re.compile(r"\[(?:\d+,)?(\d+)\]<(?:stdout|stderr)>: ?")
 _GRACE = 10.0  # seconds between SIGTERM and SIGKILL
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a launch ended."""
-
-    exit_code: int
-    death: Death | None
-    own_words: str
-    """What the launcher itself printed, without the ranks' output."""
 
 
 def child_environment(spec: LaunchSpec) -> dict[str, str]:
@@ -46,19 +35,20 @@ def execute(
     spec: LaunchSpec,
     display: Display,
     log: IO[str],
-    ask_to_stop: Callable[[], None],
+    stopper: Stopper,
+    tag: re.Pattern[str] | None,
 ) -> Ended:
     """Run a launcher to its end, showing what the ranks print.
 
-    SIGINT, SIGTERM or SIGUSR2 to this process asks the ranks to stop with a checkpoint; a second
-    SIGINT ends them at once. Raises LaunchError if the launcher is not there.
+    ``tag``: how it labels their lines with the rank; None: not at all. Raises LaunchError if
+    the launcher is not there.
     """
-    with _Stopper(display, ask_to_stop) as stopper:
-        process = stopper.process = _start(argv, spec)
-        own_words = _pump(process, display, log)
+    process = _start(argv, spec)
+    with stopper.watching(process, display):
+        own_words = _pump(process, display, log, tag)
         code = process.wait()
-        stopper.kill_group()  # ranks that outlived their launcher
-    return Ended(code, first_death(own_words), own_words)
+        kill_group(process)  # ranks that outlived their launcher
+    return Ended(code, own_words)
 
 
 def _start(argv: Sequence[str], spec: LaunchSpec) -> subprocess.Popen[str]:
@@ -80,7 +70,9 @@ def _start(argv: Sequence[str], spec: LaunchSpec) -> subprocess.Popen[str]:
         ) from None
 
 
-def _pump(process: subprocess.Popen[str], display: Display, log: IO[str]) -> str:
+def _pump(
+    process: subprocess.Popen[str], display: Display, log: IO[str], tag: re.Pattern[str] | None
+) -> str:
     own_words = []
     assert process.stdout is not None  # noqa: S101 - it is a pipe, for the type checker
     for line in process.stdout:
@@ -91,61 +83,84 @@ def _pump(process: subprocess.Popen[str], display: Display, log: IO[str]) -> str
         if status is not None:
             display.show(status)
             continue
-        tags = _TAG.findall(line)
+        tags = tag.findall(line) if tag else []
         if not tags:
             own_words.append(line)
-            continue
-        text = _TAG.sub("", line).rstrip()
-        if text:
-            display.say(text if tags[0] == "0" else f"[rank {tags[0]}] {text}")
+        if tags or not tag:
+            text = tag.sub("", line).rstrip() if tag else line.rstrip()
+            if text:
+                first = not tags or tags[0] == "0"
+                display.say(text if first else f"[rank {tags[0]}] {text}")
     return "".join(own_words[-200:])
 
 
-class _Stopper:
-    """Turns signals to this process into a clean stop of the ranks while a launcher runs."""
+class Stopper:
+    """Turns signals to this process into a clean stop of the ranks, for as long as it is entered.
+
+    SIGINT, SIGTERM or SIGUSR2 asks the ranks to stop with a checkpoint; a second SIGINT ends them
+    at once.
+    """
 
     _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
-    def __init__(self, display: Display, ask_to_stop: Callable[[], None]) -> None:
-        self.process: subprocess.Popen[str] | None = None
-        """The launcher, once it has been started."""
-        self._display, self._ask = display, ask_to_stop
-        self._asked = False
+    def __init__(self, ask_to_stop: Callable[[], None]) -> None:
+        self._ask = ask_to_stop
+        self.asked = False
+        """Whether a signal has come."""
+        self._process: subprocess.Popen[str] | None = None
+        self._display: Display | None = None
 
-    def __enter__(self) -> _Stopper:
+    def __enter__(self) -> Stopper:
         self._before = {number: signal.signal(number, self._on_signal) for number in self._NUMBERS}
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self.process is not None and self.process.poll() is None:
-            self.kill_group()
-            self.process.wait()
+
+    @contextmanager
+    def watching(self, process: subprocess.Popen[str], display: Display) -> Iterator[None]:
+        """While a launcher runs: what a second SIGINT ends, and where to say so."""
+        self._process, self._display = process, display
+        try:
+            yield
+        finally:
+            self._process = self._display = None
+            if process.poll() is None:
+                kill_group(process)
+                process.wait()
+
+    def pause(self, seconds: float) -> bool:
+        """Wait; whether that much time has passed without a signal."""
+        deadline = time.monotonic() + seconds
+        while not self.asked and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
+        return not self.asked
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._asked and number == signal.SIGINT:
-            self._display.say("harness: ending the ranks at once")
-            self.kill_group()
+        if self.asked and number == signal.SIGINT and self._process is not None:
+            self._say("harness: ending the ranks at once")
+            kill_group(self._process)
             return
-        self._asked = True
+        self.asked = True
         self._ask()
-        self._display.say(
-            "harness: asked the ranks to stop with a checkpoint (Ctrl-C again ends them now)"
-        )
+        self._say("harness: asked the ranks to stop with a checkpoint (Ctrl-C again ends them now)")
 
-    def kill_group(self) -> None:
-        """End the launcher's whole process group, first gently."""
-        if self.process is None:
+    def _say(self, text: str) -> None:
+        if self._display is not None:
+            self._display.say(text)
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """End a launcher's whole process group, first gently."""
+    for number, patience in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, 0.0)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
             return
-        for number, patience in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, 0.0)):
-            try:
-                os.killpg(self.process.pid, number)
-            except ProcessLookupError:
-                return
-            deadline = time.monotonic() + patience
-            while time.monotonic() < deadline and _group_lives(self.process):
-                time.sleep(0.05)
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline and _group_lives(process):
+            time.sleep(0.05)
 
 
 def _group_lives(process: subprocess.Popen[str]) -> bool:

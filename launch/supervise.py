@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 import shutil
-import signal
 import sys
-from collections.abc import Callable
+import time
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from harness import environment
 from harness.config import load_config
@@ -27,19 +25,29 @@ from harness.errors import (
     UsageError,
 )
 from harness.progress import local_display
-from harness.records import RunDirectory, RunLock, check_unlocked
+from harness.records import (
+    JsonlWriter,
+    RunDirectory,
+    RunLock,
+    check_unlocked,
+    furthest,
+    now,
+)
 from harness.resume import check_same_run, has_finished, ranks_of_late, ranks_wanted
 from harness.schedule.plan import build_plan
 from harness.schema import Config
-from launch import horovodrun, mpirun
-from launch.execute import Ended, execute
-from launch.hosts import check_slots, fill, parse_hosts, this_host
-from launch.spec import Death, Host, LaunchSpec
+from launch import detect, elastic
+from launch.assemble import MODULES, Job, Launcher, build_spec, choose_launcher, find_hosts
+from launch.deaths import rank_tag
+from launch.execute import Stopper, execute
+from launch.hosts import check_slots
+from launch.outcome import Outcome, judge
+from launch.preflight import Needs, check_hosts, told
+from launch.restarts import Again, Restarts
+from launch.spec import Host, LaunchSpec
 
-ARGUMENTS: dict[str, Callable[[LaunchSpec], list[str]]] = {
-    "horovodrun": horovodrun.arguments,
-    "mpirun": mpirun.arguments,
-}
+_OTHER_SSH = "OMPI_MCA_plm_rsh_agent"
+"""Names what Open MPI calls in place of ssh; the harness does not know how that is asked."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +58,13 @@ class RunRequest:
     overrides: tuple[str, ...] = ()
     ranks: int | None = None
     hosts: str | None = None
-    launcher: Literal["horovodrun", "mpirun"] = "horovodrun"
+    hostfile: Path | None = None
+    launcher: Launcher | None = None
     run_dir: Path | None = None
     resume: bool = False
+    go_on: bool = False
+    """Resume if the run directory holds a run, else start one."""
+    max_restarts: int | None = None
     dry_run: bool = False
 
 
@@ -62,10 +74,13 @@ def run(request: RunRequest) -> int:
     Everything that can be refused is refused before anything is created. Raises the errors of
     ``harness.errors``; StoppedEarly if the run stopped on request.
     """
+    if request.go_on:
+        request = replace(request, resume=_holds_run(request))
     if request.ranks is not None:
         request = _with_ranks(request, request.ranks)
     config = load_config(request.config_path, request.overrides)
-    hosts = parse_hosts(request.hosts) if request.hosts else this_host()
+    hosts = find_hosts(request.hosts, request.hostfile)
+    launcher = choose_launcher(request.launcher, config, hosts)
     check_root(config.data)
     build_plan(config, train_size(config.data))  # refuses what it can
     directory = RunDirectory(_run_directory(request, config))
@@ -78,47 +93,236 @@ def run(request: RunRequest) -> int:
             print(f"harness: the run in {directory.path} has finished already")
             return _report(directory)
     ranks = _first_ranks(request, config, hosts, directory)
-    spec = _spec(request, config, hosts, ranks, directory)
+    _warn(config)
+    job = Job(
+        config=config,
+        config_path=request.config_path,
+        overrides=request.overrides,
+        directory=directory,
+        launcher=launcher,
+        hosts=hosts,
+        grow=0 if request.ranks is not None else config.ranks.ceiling,
+    )
+    spec = build_spec(job, hosts, ranks, request.resume)
     if request.dry_run:
-        argv = ARGUMENTS[request.launcher](spec)
         settings = [f"{name}={value}" for name, value in sorted(spec.environment.items())]
-        print(shlex.join(["env", *settings, *argv]))
+        print(shlex.join(["env", *settings, *MODULES[launcher].arguments(spec)]))
         return 0
     created = _create(directory)
-    with RunLock(directory, "launch.lock"):
-        directory.check_usable(request.resume)  # again, now that nobody else can start here
-        return _run_segments(request, config, hosts, spec, directory, created)
-
-
-def _run_segments(
-    request: RunRequest,
-    config: Config,
-    hosts: tuple[Host, ...],
-    spec: LaunchSpec,
-    directory: RunDirectory,
-    created: bool,
-) -> int:
-    """Launch after launch, as the run asks for more ranks; then the report."""
-    print(
-        f"harness: starting {_count(spec.ranks)} on {','.join(map(str, spec.hosts))}; "
-        f"run directory {directory.path}"
-    )
-    directory.stop_request.unlink(missing_ok=True)
-    launcher = ARGUMENTS[request.launcher]
     try:
-        while _launch(spec, launcher(spec), directory) == "grow":
-            if directory.stop_request.exists():
-                raise StoppedEarly(
-                    f"stopped on request with a checkpoint; {_how_to_go_on(directory)}"
-                )
-            wanted = ranks_wanted(directory)
-            print(f"harness: going on with {_count(wanted)}")
-            spec = _spec(replace(request, resume=True), config, hosts, wanted, directory)
+        with RunLock(directory, "launch.lock"), Stopper(directory.stop_request.touch) as stopper:
+            directory.check_usable(request.resume)  # again, now that nobody else can start here
+            directory.stop_request.unlink(missing_ok=True)
+            Supervisor(job, _restarts(request, config), stopper).run(ranks, request.resume)
     except UsageError:
         if created and not directory.holds_run:
             shutil.rmtree(directory.path, ignore_errors=True)
         raise
     return _report(directory)
+
+
+class Supervisor:
+    """Launch after launch: more ranks where the run asks for them, again after a failure."""
+
+    def __init__(self, job: Job, restarts: Restarts, stopper: Stopper) -> None:
+        self._job, self._restarts, self._stopper = job, restarts, stopper
+        self._directory = job.directory
+        self._hosts = job.hosts
+        """Those that have not been left out."""
+
+    def run(self, ranks: int, resume: bool) -> None:
+        """Return when the run has finished.
+
+        Raises StoppedEarly if it has stopped on request, LaunchError if it cannot be started, and
+        RankFailure if it has failed and is not to be started again.
+        """
+        wanted = ranks
+        while True:
+            if self._stopper.asked:
+                raise StoppedEarly(f"stopped on request before a launch; {self._how_to_go_on()}")
+            hosts = self._reachable(first=not resume)
+            ranks = min(wanted, sum(host.slots for host in hosts))
+            job = replace(self._job, grow=self._growth_limit(hosts))
+            spec = build_spec(job, hosts, ranks, resume)
+            self._announce(spec, wanted, resume)
+            before = _newest_checkpoint(self._directory)
+            outcome = self._launch(spec)
+            if outcome.kind == "done":
+                return
+            resume = self._directory.config.exists()
+            if outcome.kind == "grow":
+                wanted = self._grown()
+            elif outcome.kind == "failed" and not self._stopper.asked:
+                self._again(outcome, progressed=_newest_checkpoint(self._directory) != before)
+            else:
+                self._raise(outcome)
+
+    def _reachable(self, first: bool) -> tuple[Host, ...]:
+        """The hosts that answer. Before a run's first launch all must."""
+        if self._job.launcher in ("srun", "local") or _OTHER_SSH in os.environ:
+            return self._hosts
+        python = self._job.config.launch.python or sys.executable
+        daemon = detect.mpi_programs()[1] if self._job.config.comm.controller == "mpi" else None
+        programs = (daemon,) if daemon else ()
+        needs = Needs(python, self._directory.path.resolve(), programs)
+        patience = self._job.config.launch.connect_timeout
+        troubles = check_hosts([host.name for host in self._hosts], needs, patience)
+        left = tuple(host for host in self._hosts if host.name not in troubles)
+        if troubles and (first or not left):
+            raise LaunchError(told(troubles))
+        for name, wrong in troubles.items():
+            self._tell("host_left_out", f"host {name} is left out: {wrong}", host=name)
+        return left
+
+    def _growth_limit(self, hosts: tuple[Host, ...]) -> int:
+        """Inside a batch job the next job may have more slots than this one."""
+        if detect.inside_slurm_job(os.environ):
+            return self._job.grow
+        return min(self._job.grow, sum(host.slots for host in hosts))
+
+    def _announce(self, spec: LaunchSpec, wanted: int, resume: bool) -> None:
+        where = ",".join(map(str, spec.hosts))
+        words = "going on with" if resume else "starting"
+        made_up = f" (accumulation makes up for {wanted - spec.ranks})" * (wanted > spec.ranks)
+        print(
+            f"harness: {words} {_count(spec.ranks)} on {where}{made_up}; "
+            f"run directory {self._directory.path}",
+            flush=True,
+        )
+
+    def _launch(self, spec: LaunchSpec) -> Outcome:
+        for old in self._directory.failures.glob("rank-*.json"):
+            old.unlink(missing_ok=True)
+        config, launcher = self._job.config, self._job.launcher
+        stamp = {environment.LAUNCHED_AT: f"{time.time():.3f}"}
+        spec = replace(spec, environment={**spec.environment, **stamp})
+        if config.launch.elastic:
+            spec, argv = self._elastic(spec)
+        else:
+            argv = MODULES[launcher].arguments(spec)
+        display = local_display()
+        try:
+            with self._directory.launch_log.open("a", encoding="utf-8") as log:
+                log.write(f"$ {shlex.join(argv)}\n")
+                ended = execute(
+                    argv, spec, display, log, self._stopper, rank_tag(launcher, spec.mpi)
+                )
+        finally:
+            display.close()
+        return judge(ended, spec, self._directory)
+
+    def _elastic(self, spec: LaunchSpec) -> tuple[LaunchSpec, list[str]]:
+        """The same as a world of ranks that may come and go, up to what the run may grow to."""
+        folder = self._directory.path.resolve() / "elastic"
+        script = elastic.write_discovery(folder, self._hosts, spec.ranks)
+        most = max(self._job.grow, spec.ranks)
+        variables = {**spec.environment, **elastic.variables(1, most, folder)}
+        del variables[environment.WORLD_SIZE]
+        return replace(spec, environment=variables), elastic.arguments(spec, 1, most, script)
+
+    def _grown(self) -> int:
+        """The ranks that the run goes on with; raises StoppedEarly if they are not to be had."""
+        wanted, slots = ranks_wanted(self._directory), sum(host.slots for host in self._hosts)
+        if self._directory.stop_request.exists():
+            raise StoppedEarly(f"stopped on request with a checkpoint; {self._how_to_go_on()}")
+        if wanted > slots and detect.inside_slurm_job(os.environ):
+            raise StoppedEarly(
+                f"stopped with a checkpoint: the run wants {wanted} ranks, and this job has "
+                f"{slots} slots; {self._how_to_go_on()}"
+            )
+        return wanted
+
+    def _again(self, outcome: Outcome, progressed: bool) -> None:
+        """Prepare for another launch, or raise what ended this one."""
+        self._record("fault", outcome.message, rank=outcome.rank, host=outcome.host)
+        if outcome.final:
+            self._raise(outcome)
+        verdict = self._restarts.after(outcome.host, progressed, len(self._hosts))
+        if not isinstance(verdict, Again):
+            self._raise(outcome, verdict.reason)
+            return
+        print(f"harness: {outcome.message}", file=sys.stderr)
+        if verdict.leave_out is not None:
+            self._leave_out(verdict.leave_out)
+        number, limit = self._restarts.used, self._restarts.limit
+        self._tell(
+            "restart",
+            f"restart {number} of at most {limit} in {verdict.pause:g} s",
+            restart=number,
+            pause=verdict.pause,
+        )
+        if not self._stopper.pause(verdict.pause):
+            raise StoppedEarly(f"stopped on request between two launches; {self._how_to_go_on()}")
+
+    def _leave_out(self, name: str) -> None:
+        self._hosts = tuple(host for host in self._hosts if host.name != name)
+        self._tell(
+            "host_left_out",
+            f"host {name} is left out from now on: launches failed on it again and again",
+            host=name,
+        )
+
+    def _raise(self, outcome: Outcome, reason: str = "") -> None:
+        go_on = self._how_to_go_on()
+        if outcome.kind == "refused":
+            raise UsageError(outcome.message)
+        if outcome.kind == "stopped":
+            raise StoppedEarly(f"stopped on request with a checkpoint; {go_on}")
+        head, newline, rest = outcome.message.partition("\n")
+        why = f"; {reason}" if reason else ""
+        raise RankFailure(f"{head}{why}; {go_on}{newline}{rest}")
+
+    def _tell(self, kind: str, text: str, **fields: Any) -> None:
+        print(f"harness: {text}", file=sys.stderr)
+        self._record(kind, text, **fields)
+
+    def _record(self, kind: str, reason: str, **fields: Any) -> None:
+        """Append an event, once no rank writes any more; nothing before a run has begun."""
+        if not self._directory.config.exists():
+            return
+        lock = RunLock(self._directory)
+        lock.acquire(patience=30.0)
+        try:
+            events = JsonlWriter(self._directory.events)
+            events.end_line()
+            update, samples = furthest(self._directory)
+            events.append(
+                {
+                    "kind": kind,
+                    "update": update,
+                    "time": now(),
+                    "samples_seen": samples,
+                    "reason": reason,
+                    **fields,
+                }
+            )
+            events.close()
+        finally:
+            lock.release()
+
+    def _how_to_go_on(self) -> str:
+        path = self._directory.path
+        words = ["harness", "run", str(self._directory.config), "--run-dir", str(path), "--resume"]
+        return f"go on with: {shlex.join(words)}"
+
+
+def _restarts(request: RunRequest, config: Config) -> Restarts:
+    limit = config.launch.max_restarts if request.max_restarts is None else request.max_restarts
+    if limit < 0:
+        raise LaunchError(f"--max-restarts {limit}: must be 0 or more")
+    return Restarts(limit, config.launch.restart_pause, config.launch.host_failures)
+
+
+def _newest_checkpoint(directory: RunDirectory) -> str:
+    return max((path.name for path in directory.checkpoints.glob("update-*.pt")), default="")
+
+
+def _holds_run(request: RunRequest) -> bool:
+    if request.resume:
+        raise LaunchError("--resume and --go-on: leave one of them out")
+    if request.run_dir is None:
+        raise RunDirectoryError("--go-on needs --run-dir: where the run is, or is to be")
+    return RunDirectory(request.run_dir).config.exists()
 
 
 def _with_ranks(request: RunRequest, ranks: int) -> RunRequest:
@@ -149,7 +353,18 @@ def _first_ranks(
             f"comm.backend = solo is one process, but {ranks} ranks are asked for; "
             "use comm.backend=horovod"
         )
-    check_slots(ranks if request.ranks else max(ranks, config.ranks.ceiling), hosts)
+    slots = sum(host.slots for host in hosts)
+    if request.ranks is None and detect.inside_slurm_job(os.environ):
+        # The next job may have more slots than this one: growth past them is none of its business.
+        if request.resume and ranks > slots:
+            raise StoppedEarly(f"the run wants {ranks} ranks, and this job has {slots} slots")
+        check_slots(ranks, hosts)
+    else:
+        check_slots(ranks if request.ranks else max(ranks, config.ranks.ceiling), hosts)
+    return ranks
+
+
+def _warn(config: Config) -> None:
     horovods_gloo = config.comm.backend == "horovod" and config.comm.controller == "gloo"
     if horovods_gloo and config.comm.compression != "none":
         print(
@@ -157,9 +372,6 @@ def _first_ranks(
             "arithmetic is done in software); use comm.controller=mpi or comm.compression=none",
             file=sys.stderr,
         )
-    if config.comm.controller == "gloo" and request.launcher == "mpirun":
-        raise ConfigError("comm.controller = gloo needs --launcher horovodrun")
-    return ranks
 
 
 def _run_directory(request: RunRequest, config: Config) -> Path:
@@ -182,116 +394,6 @@ def _create(directory: RunDirectory) -> bool:
             f"{directory.path} cannot be created: {error.strerror}; choose another --run-dir"
         ) from None
     return created
-
-
-def _spec(
-    request: RunRequest,
-    config: Config,
-    hosts: tuple[Host, ...],
-    ranks: int,
-    directory: RunDirectory,
-) -> LaunchSpec:
-    command = [sys.executable, "-m", "harness", "train", str(request.config_path.resolve())]
-    command += [*request.overrides, "--run-dir", str(directory.path.resolve())]
-    if request.resume:
-        command.append("--resume")
-    placed = fill(ranks, hosts)
-    return LaunchSpec(
-        ranks=ranks,
-        hosts=placed,
-        command=tuple(command),
-        environment=_variables(config, placed, ranks, directory, grow=request.ranks is None),
-        controller=config.comm.controller,
-        as_root=os.geteuid() == 0,
-    )
-
-
-def _variables(
-    config: Config, hosts: tuple[Host, ...], ranks: int, directory: RunDirectory, grow: bool
-) -> dict[str, str]:
-    """Settings of the ranks. A key that the configuration sets beats the user's own variable.
-
-    What follows from a host's cores each rank settles by itself: this machine may have others.
-    """
-    share = environment.usable_cores() // max(host.slots for host in hosts)
-    threads = config.ranks.threads or os.environ.get("OMP_NUM_THREADS") or max(1, share)
-    settings = {
-        name: value for name, value in os.environ.items() if name.startswith(environment.FORWARDED)
-    }
-    settings |= environment.communication_settings(config.comm)
-    settings["OMP_NUM_THREADS"] = str(threads)
-    settings |= {
-        environment.WORLD_SIZE: str(ranks),
-        environment.FAILURE_DIR: str(directory.failures.resolve()),
-        environment.PROGRESS: "relay",
-        environment.GROW: "1" if grow else "0",
-    }
-    return settings
-
-
-def _launch(spec: LaunchSpec, argv: list[str], directory: RunDirectory) -> Literal["done", "grow"]:
-    """One launch to its end; raises StoppedEarly, RankFailure, or what a rank's last words say."""
-    for old in directory.failures.glob("rank-*.json"):
-        old.unlink(missing_ok=True)
-    display = local_display()
-    try:
-        with directory.launch_log.open("a", encoding="utf-8") as log:
-            log.write(f"$ {shlex.join(argv)}\n")
-            ended = execute(argv, spec, display, log, directory.stop_request.touch)
-    finally:
-        display.close()
-    if ended.exit_code == 0:
-        return "done"
-    _raise_words(directory)
-    if StoppedEarly.exit_code in (ended.exit_code, ended.death and ended.death.exit_code):
-        if ranks_wanted(directory) > spec.ranks:
-            return "grow"
-        raise StoppedEarly(f"stopped on request with a checkpoint; {_how_to_go_on(directory)}")
-    raise RankFailure(_obituary(ended, directory))
-
-
-def _raise_words(directory: RunDirectory) -> None:
-    """Raise what the lowest rank that failed by itself has left behind, if any did."""
-    for path in sorted(directory.failures.glob("rank-*.json")):
-        try:
-            note = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if note["consequence"]:
-            continue
-        if note["exit_code"] == UsageError.exit_code:
-            raise UsageError(note["message"])
-        message = f"rank {note['rank']} on {note['host']}: {note['message']}"
-        if note["traceback"]:
-            trace = path.with_suffix(".txt")
-            trace.write_text(note["traceback"], encoding="utf-8")
-            message += f" (traceback in {trace})"
-        raise RankFailure(message)
-
-
-def _obituary(ended: Ended, directory: RunDirectory) -> str:
-    """A message that names the rank that died, or all that is known."""
-    go_on = _how_to_go_on(directory)
-    if ended.death is None:
-        words = "\n".join(ended.own_words.strip().splitlines()[-15:])
-        return f"the launcher ended with exit code {ended.exit_code}; {go_on}\n{words}".rstrip()
-    return f"{_cause(ended.death)}, and the job was ended; {go_on}"
-
-
-def _how_to_go_on(directory: RunDirectory) -> str:
-    words = ["harness", "run", str(directory.config), "--run-dir", str(directory.path), "--resume"]
-    return f"go on with: {shlex.join(words)}"
-
-
-def _cause(death: Death) -> str:
-    where = f" on {death.host}" if death.host else ""
-    if death.signal is not None:
-        try:
-            name = signal.Signals(death.signal).name
-        except ValueError:
-            name = "unknown"
-        return f"rank {death.rank}{where} was killed by signal {death.signal} ({name})"
-    return f"rank {death.rank}{where} ended with exit code {death.exit_code}"
 
 
 def _report(directory: RunDirectory) -> int:

@@ -27,7 +27,14 @@ from harness.schedule import plan as planning
 from harness.schedule.clock import Clock, Limit, step, update_size
 from harness.schedule.configured import rate_schedule, stage_scheduler
 from harness.schedule.growth import BatchDecision, Observation, StageScheduler
-from harness.schedule.plan import Plan, build_plan, decompose, ranks_for, run_end
+from harness.schedule.plan import (
+    Plan,
+    build_plan,
+    decompose,
+    ranks_for,
+    run_end,
+    samples_until_growth,
+)
 from harness.schedule.rates import Rates
 from harness.schedule.table import print_plan
 from harness.schema import Batch, Config, Ranks
@@ -272,6 +279,26 @@ def test_a_plan_follows_the_laws(config: Config, size: int) -> None:
     assert totals["samples"] == sum(row.end_sample - row.start_sample for row in plan.stages)
     if config.batch.growth.policy == "fixed":
         assert totals["updates_at_initial_batch"] == totals["updates"]
+
+
+@given(configs(), st.integers(1, 200), st.data())
+def test_how_long_ranks_last_is_what_the_plan_says(
+    config: Config, size: int, data: st.DataObject
+) -> None:
+    stages = plan_of(config, size).stages
+    place = data.draw(st.integers(0, len(stages) - 1))
+    ranks = stages[place].ranks
+    updates = sum(row.updates for row in stages[:place])
+    clock = Clock(stages[place].start_sample, updates, size)
+    later = [row.start_sample for row in stages[place:] if row.ranks > ranks]
+    end = later[0] if later else stages[-1].end_sample
+    assert samples_until_growth(config, clock, ranks) == end - clock.samples
+
+
+@given(configs(MEASURED), st.integers(1, 200))
+def test_growth_from_measurements_is_not_foreseen(config: Config, size: int) -> None:
+    end = plan_of(config, size).stages[-1].end_sample
+    assert samples_until_growth(config, Clock(0, 0, size), config.ranks.start) == end
 
 
 @given(configs(), st.integers(1, 200), st.integers(1, 7))

@@ -176,6 +176,9 @@ class Simulation:
         return self
 
     def interrupt(self) -> None:
+        died = "rank 1 on n2 was killed by signal 9 (SIGKILL), and the job was ended"
+        self.tell("fault", samples_seen=self.samples, reason=died, rank=1, host="n2")
+        self.tell("restart", samples_seen=self.samples, reason="restart 1 of at most 3 in 1 s")
         self.clock += timedelta(seconds=12)
         self.tell("checkpoint_rejected", file="update-00000310.pt", reason="digest does not match")
         self.tell(
@@ -184,6 +187,8 @@ class Simulation:
             ranks=2,
             samples_seen=self.samples,
             checkpoint=f"update-{self.update:08}.pt",
+            updates_repeated=7,
+            samples_repeated=448,
         )
         self.tell("skipped_update", samples_seen=self.samples, reason="gradient overflow in fp16")
         for split in ("train", "test"):
@@ -371,6 +376,10 @@ def test_every_number_equals_an_independent_computation(tmp_path: Path) -> None:
     sizes = [run.every * m["global_batch"] for m in timed]
     rates = np.array([m["images_per_sec"] for m in timed])
     moments = [datetime.fromisoformat(e["time"]) for e in run.events]
+    ends = [e["kind"] in ("fault", "resume") for e in run.events]
+    died, back = (moment for moment, end in zip(moments, ends, strict=True) if end)
+    pause = (back - died).total_seconds()
+    assert pause >= 12
     expected = {
         "samples_seen": run.samples,
         "samples_planned": SIZE * 30,
@@ -405,6 +414,10 @@ def test_every_number_equals_an_independent_computation(tmp_path: Path) -> None:
         "attempts": 2,
         "restarts": 1,
         "continuations": 0,
+        "updates_repeated": 7,
+        "samples_repeated": 448,
+        "seconds_to_resume": pause,
+        "seconds_to_resume_largest": pause,
         "stages_begun": 6,
         "updates_skipped": 1,
         "images_left_out": 1,
@@ -456,10 +469,12 @@ def test_the_answer_stands_first_and_in_sentences(run_dir: Path) -> None:
         f"would have needed {numbers['updates_at_initial_batch']:,.0f}",
         "10th to 90th percentile",
         "left out as warm-up",
-        "on 1 to 2 ranks, with 1 restart",
+        "on 1 to 2 ranks, with 1 restart, each within about",
+        "7 updates had to be repeated",
         "1 training image and 1 test image could not be read and were left out.",
     ):
         assert part in answer
+    assert "Failed: rank 1 on n2 was killed by signal 9 (SIGKILL)" in page.text
     assert page.tags.index("p") < page.tags.index("svg")
     assert len(page.svgs) == len(FIGURES)
     for fault in ("digest does not match", "gradient overflow in fp16", "geometric: ×2 every 5ep"):

@@ -260,6 +260,54 @@ def test_the_run_does_what_the_plan_says(tmp_path: Path) -> None:
         assert {line["accumulation"] for line in mine} == {stage.accumulation}
 
 
+GROWING = ("ranks={start: 1, max: 4}",)
+
+
+def weigh(cost: str | None, start_seconds: float | None, tmp_path: Path) -> list[Any]:
+    """How two ranks fare whose supervisor could start four, where a start takes so long."""
+
+    def supervised(trainer: Trainer) -> None:
+        trainer._grow, trainer._start_seconds = 4, start_seconds
+
+    settings = GROWING if cost is None else (*GROWING, f"ranks.restart_seconds={cost}")
+    cfg = config(tmp_path, *settings)
+    return list(go_on_ranks(cfg, tmp_path / "run", 2, watch=supervised))
+
+
+@pytest.mark.parametrize(("cost", "start"), [("0", 1e6), (None, None), (None, 0.0), ("1e-9", 1e6)])
+def test_ranks_grow_where_that_saves_more_than_a_start_takes(
+    cost: str | None, start: float | None, tmp_path: Path
+) -> None:
+    ends = weigh(cost, start, tmp_path)
+    assert [type(end) for end in ends] == [StoppedEarly] * 2
+    stop = read(tmp_path / "run" / "events.jsonl")[-1]
+    assert (stop["kind"], stop["ranks_wanted"]) == ("stop", 3)
+
+
+@pytest.mark.parametrize(("cost", "start"), [("1e6", 0.0), (None, 1e6)])
+def test_a_segment_shorter_than_its_start_is_made_up_for_by_accumulation(
+    cost: str | None, start: float, tmp_path: Path
+) -> None:
+    ends = weigh(cost, start, tmp_path)
+    assert all(isinstance(end, Trainer) for end in ends)
+    events = read(tmp_path / "run" / "events.jsonl")
+    merged = [event for event in events if event["kind"] == "merged_segment"]
+    assert [(event["ranks"], event["ranks_wanted"]) for event in merged] == [(2, 3)]
+    assert all(event["restart_seconds"] == 1e6 for event in merged)
+    plan = build_plan(config(tmp_path, *GROWING), SIZE)
+    stages = [event["global_batch"] for event in events if event["kind"] == "stage"]
+    assert stages == [row.global_batch for row in plan.stages]
+
+
+def test_nobody_asks_for_more_ranks_than_can_be_had(tmp_path: Path) -> None:
+    def supervised(trainer: Trainer) -> None:
+        trainer._grow = 2
+
+    cfg = config(tmp_path, *GROWING, "ranks.restart_seconds=0")
+    ends = go_on_ranks(cfg, tmp_path / "run", 2, watch=supervised)
+    assert all(isinstance(end, Trainer) for end in ends)
+
+
 def test_stopped_at_any_update_and_resumed_it_is_the_same_run(tmp_path: Path) -> None:
     cfg = config(tmp_path)
     undisturbed, _ = go(cfg, tmp_path / "whole")

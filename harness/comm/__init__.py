@@ -6,7 +6,8 @@ from typing import Literal
 
 from harness.comm.base import Communicator, allreduce, broadcast_bytes
 from harness.comm.solo import SoloCommunicator
-from harness.environment import promised_world_size
+from harness.comm.staged import StagedCommunicator
+from harness.environment import promised_world_size, ranks_per_gpu
 from harness.errors import LaunchError, RankFailure
 from harness.schema import Comm
 
@@ -46,6 +47,8 @@ def open_communicator(settings: Comm | Literal["horovod", "torch", "solo"]) -> C
             "the launcher does not match the MPI that Horovod and mpi4py use (under srun: try "
             "--mpi=pmix, or start with horovodrun or mpirun; under torchrun: comm.backend=torch)"
         )
+    if comm.device.type == "cuda" and ranks_per_gpu() > 1:
+        return StagedCommunicator(comm)
     return comm
 
 

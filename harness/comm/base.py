@@ -100,8 +100,8 @@ def allgather_bytes(comm: Communicator, content: bytes, name: str) -> list[bytes
     ]
 
 
-def device_of_rank(local_rank: int, carries_gpus: bool) -> torch.device:
-    """See ``Communicator.device``.
+def device_of_rank(local_rank: int, carries_gpus: bool, sharing: int = 1) -> torch.device:
+    """See ``Communicator.device``. ``sharing``: ranks on each GPU, neighbours on the same.
 
     A rank that sees one GPU takes that: its launcher has chosen it (CUDA_VISIBLE_DEVICES). Raises
     LaunchError if a rank sees several, but none is left for it: NCCL wants one for each rank.
@@ -109,9 +109,10 @@ def device_of_rank(local_rank: int, carries_gpus: bool) -> torch.device:
     gpus = torch.cuda.device_count() if carries_gpus else 0
     if gpus == 0:
         return torch.device("cpu")
-    if gpus > 1 and local_rank >= gpus:
+    if gpus > 1 and local_rank >= gpus * sharing:
         raise LaunchError(
-            f"rank {local_rank} of this host has no GPU: {gpus} are visible; start at most {gpus} "
-            "ranks on a host, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on CPUs"
+            f"rank {local_rank} of this host has no GPU: {gpus} are visible; start at most "
+            f"{gpus * sharing} ranks on a host, let several share a GPU (launch.ranks_per_gpu), or "
+            "hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on CPUs"
         )
-    return torch.device("cuda", local_rank if gpus > 1 else 0)
+    return torch.device("cuda", local_rank // sharing if gpus > 1 else 0)

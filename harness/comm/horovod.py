@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import horovod.torch as hvd
 import torch
+from horovod.common.elastic import notification_manager
 from horovod.common.exceptions import HorovodInternalError
 
 from harness import environment
@@ -26,12 +27,18 @@ class HorovodCommunicator:
     def __init__(self, settings: Comm | None = None) -> None:
         settle(settings or Comm())
         hvd.init()
-        # Built without NCCL, Horovod has no way of its own between GPUs.
-        gpus = torch.cuda.is_available() and bool(hvd.nccl_built())
-        self.device = device_of_rank(self.local_rank, gpus)
+        # Built without NCCL, Horovod has no way of its own between GPUs; ranks that share one go
+        # through the host anyway.
+        sharing = environment.ranks_per_gpu()
+        gpus = torch.cuda.is_available() and (bool(hvd.nccl_built()) or sharing > 1)
+        self.device = device_of_rank(self.local_rank, gpus, sharing)
         if gpus:
             torch.cuda.set_device(self.device)
-        self.topology = gather_topology(self)
+        try:
+            self.topology = gather_topology(self)
+        except PeerLost:
+            hvd.shutdown()  # so that an elastic run can begin its next world
+            raise
 
     @property
     def kind(self) -> str:
@@ -69,6 +76,22 @@ class HorovodCommunicator:
         hvd.shutdown()
 
 
+class _Listener:
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self._tell = tell
+
+    def on_hosts_updated(self, timestamp: int, change: object) -> None:
+        """Called by Horovod's notification service."""
+        self._tell()
+
+
+def listen_for_hosts(tell: Callable[[], None]) -> None:
+    """Have ``tell`` called, in a thread, when the driver of Horovod Elastic sees other hosts that
+    would change the world while this process is rank 0."""
+    notification_manager.init()
+    notification_manager.register_listener(_Listener(tell))
+
+
 def settle(settings: Comm) -> None:
     """Put Horovod's and MPI's settings where they read them when they are initialised.
 
@@ -82,6 +105,10 @@ def settle(settings: Comm) -> None:
     # Horovod looks for work once per cycle; its default of 1 ms is longer than many an update of a
     # small network.
     os.environ.setdefault(environment.CYCLE_TIME, "0.1")
+    if environment.elastic_bounds() is not None:
+        # The second initialisation of a process in which both are fixed crashes (0.28.1:
+        # BayesianParameter::SetValue writes to an empty vector), so that one keeps its default.
+        del os.environ[environment.CYCLE_TIME]
     if environment.launched_local_size() * torch.get_num_threads() >= environment.usable_cores():
         # MPI spins while it waits, on cores that other ranks or this one's own threads need.
         os.environ.setdefault(environment.YIELD, "1")

@@ -26,7 +26,9 @@ class TorchCommunicator:
         """``patience``: seconds after which ranks that have not come are given up (RankFailure)."""
         meeting = meet(patience)
         self._gpus = torch.cuda.is_available() and dist.is_nccl_available()
-        self._device = device_of_rank(environment.launched_local_rank(), self._gpus)
+        self._device = device_of_rank(
+            environment.launched_local_rank(), self._gpus, environment.ranks_per_gpu()
+        )
         if self._gpus:
             torch.cuda.set_device(self._device)
         with _naming_the_cause(RuntimeError):

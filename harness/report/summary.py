@@ -7,6 +7,7 @@ and is left out. Every other window counts, so the spread also holds the differe
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -197,6 +198,20 @@ def wall_seconds(events: list[Record]) -> float | None:
     return (stamps[-1] - stamps[0]).total_seconds()
 
 
+def _pauses(events: list[Record]) -> list[float]:
+    """Seconds from each end of the ranks that was recorded to their next beginning."""
+    found, ended = [], None
+    for event in events:
+        if event.get("kind") in ("fault", "stop"):
+            ended = ended or instant(event.get("time"))
+        elif event.get("kind") in ("start", "resume"):
+            begun = instant(event.get("time"))
+            if ended is not None and begun is not None and begun >= ended:
+                found.append((begun - ended).total_seconds())
+            ended = None
+    return found
+
+
 def _events(run: Run) -> Iterator[Number]:
     attempts = run.attempts
     rule = "events.jsonl: start and resume lines"
@@ -206,6 +221,17 @@ def _events(run: Run) -> Iterator[Number]:
     yield Number("attempts", total, "attempts", rule)
     yield Number("restarts", restarts, "restarts", rule + " that do not follow a stop line")
     yield Number("continuations", continued, "continuations", rule + " that follow a stop line")
+    for name, what in (("updates_repeated", "updates"), ("samples_repeated", "samples")):
+        again = [number(event.get(name)) for event in run.events("resume")]
+        repeated = sum(known for known in again if known is not None) if total else None
+        yield Number(name, repeated, what, f"events.jsonl: sum of {name} of the resume lines")
+    pauses = _pauses(run.records.events)
+    middle = statistics.median(pauses) if pauses else None
+    source = "events.jsonl: {} from a fault or stop line to the next resume line"
+    yield Number("seconds_to_resume", middle, "s", source.format("median time"))
+    yield Number(
+        "seconds_to_resume_largest", max(pauses, default=None), "s", source.format("longest time")
+    )
     for name, kind, unit in (
         ("stages_begun", "stage", "stages"),
         ("updates_skipped", "skipped_update", "updates"),
@@ -388,6 +414,11 @@ def _restarts(numbers: Summary) -> str:
     text = "without a restart" if not restarts else f"with {plural(restarts, 'restart')}"
     if continued:
         text += f" and {plural(continued, 'planned continuation')}"
+    pause, repeated = numbers.of("seconds_to_resume"), numbers.of("updates_repeated")
+    if pause is not None:
+        text += f", each within about {duration(pause)} of the end before it"
+    if repeated:
+        text += f"; {plural(repeated, 'update')} had to be repeated"
     return text
 
 

@@ -248,6 +248,12 @@ class EventRow:
     what: str
 
 
+_ORDINARY = frozenset(
+    {"start", "resume", "stage", "decision", "merged_segment", "autotune", "stop", "end"}
+)
+"""Kinds of events that are no trouble."""
+
+
 def event_rows(run: Run) -> list[EventRow]:
     """All events except evaluations and checkpoints, which are many and as they should be."""
     rows = []
@@ -256,7 +262,7 @@ def event_rows(run: Run) -> list[EventRow]:
         kind = event.get("kind")
         if kind in ("evaluation", "checkpoint"):
             continue
-        trouble = kind not in ("start", "resume", "stage", "decision", "stop", "end")
+        trouble = str(kind) not in _ORDINARY
         tone = "trouble" if trouble or (kind == "start" and not first) else "plain"
         first = first and kind not in ("start", "resume")
         rows.append(
@@ -290,7 +296,9 @@ def _tell_start(event: Record) -> str:
 def _tell_resume(event: Record) -> str:
     ranks = plural(number(event.get("ranks")), "rank")
     where = words(event.get("checkpoint")) or "the beginning (no checkpoint)"
-    return f"Attempt {_get(event, 'attempt')} resumed on {ranks} from {where}"
+    again = number(event.get("updates_repeated"))
+    repeats = f"; {plural(again, 'update')} to be repeated" if again else ""
+    return f"Attempt {_get(event, 'attempt')} resumed on {ranks} from {where}{repeats}"
 
 
 def _tell_stage(event: Record) -> str:
@@ -320,6 +328,19 @@ def _tell_corrupt(event: Record) -> str:
     return f"{which} image left out: {_get(event, 'reason')}"
 
 
+def _tell_fault(event: Record) -> str:
+    return f"Failed: {_get(event, 'reason')}"
+
+
+def _tell_reason(event: Record) -> str:
+    reason = _get(event, "reason")
+    return f"{reason[:1].upper()}{reason[1:]}"
+
+
+def _tell_merged(event: Record) -> str:
+    return f"Ranks did not grow: {_get(event, 'reason')}"
+
+
 def _tell_stop(event: Record) -> str:
     return f"Stopped: {_get(event, 'reason')}"
 
@@ -345,6 +366,10 @@ _TELL: dict[str, Callable[[Record], str]] = {
     "checkpoint_rejected": _tell_rejected,
     "skipped_update": _tell_skipped,
     "corrupt_image": _tell_corrupt,
+    "fault": _tell_fault,
+    "restart": _tell_reason,
+    "host_left_out": _tell_reason,
+    "merged_segment": _tell_merged,
     "stop": _tell_stop,
     "end": _tell_end,
 }

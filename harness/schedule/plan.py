@@ -127,6 +127,29 @@ def run_end(config: Config, dataset_size: int) -> Limit:
     return Limit.multiple(config.train.duration, 1, dataset_size)
 
 
+def samples_until_growth(config: Config, clock: Clock, ranks: int) -> int:
+    """Samples from a point of the run until its schedule wants more than so many ranks, or ends.
+
+    Growth that is decided from measurements is not foreseen: until the end.
+    """
+    end, batch = run_end(config, clock.dataset_size), config.batch
+    scheduler, at = stage_scheduler(batch), clock
+    more, in_updates = ranks < config.ranks.ceiling, config.train.duration.unit == "up"
+    foreseen = scheduler.measured is None and (more or in_updates)
+    while not end.reached(at):
+        size = scheduler.decide(at).batch
+        if foreseen and ranks_for(size, batch, config.ranks) > ranks:
+            break
+        change = scheduler.next_change(at) if foreseen else None
+        stretch = min(
+            updates_until(at, size, limit, batch.epoch_end)
+            for limit in ((end,) if change is None else (end, change))
+        )
+        last = advance(at, size, stretch - 1, batch.epoch_end, end)
+        at = step(last, update_size(last, size, batch.epoch_end, end))
+    return at.samples - clock.samples
+
+
 def build_plan(config: Config, dataset_size: int, ranks: int | None = None) -> Plan:
     """The plan of a run; with ``ranks``, on that many ranks from start to end.
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,25 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "harness", *map(str, arguments)]
 
 
-def harness(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+Where = Callable[[list[str]], list[str]]
+"""Turns a command into the one that runs it elsewhere, as on a test host."""
+
+
+def here(words: list[str]) -> list[str]:
+    return words
+
+
+def harness(
+    *arguments: object, cwd: Path | None = None, where: Where = here
+) -> subprocess.CompletedProcess[str]:
     """Run a harness command to its end, whatever it is."""
     return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=280, cwd=cwd, check=False
+        where(command(*arguments)),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=cwd,
+        check=False,
     )
 
 
@@ -39,8 +55,10 @@ def run_arguments(
     run_dir: Path, ranks: int | None, *overrides: str, resume: bool = False
 ) -> list[str]:
     """A run on that many ranks of this host; None: on as many as the configuration wants."""
-    arguments = ["run", str(CONFIG), "ranks.threads=1", *overrides]
-    arguments += ["--hosts", "localhost:4", "--run-dir", str(run_dir)]
+    # Runs this short would never grow by ranks if their starts were weighed.
+    settings = ("ranks.threads=1", "ranks.restart_seconds=0")
+    arguments = ["run", str(CONFIG), *settings, *overrides]
+    arguments += ["--hosts", "localhost:4", "--run-dir", str(run_dir), "--max-restarts", "0"]
     if ranks is not None:
         arguments += ["--ranks", str(ranks)]
     return [*arguments, "--resume"] if resume else arguments
@@ -49,12 +67,14 @@ def run_arguments(
 class Job:
     """A run in the background; leaving the ``with`` block ends whatever is left of it."""
 
-    def __init__(self, run_dir: Path, *arguments: str, cwd: Path | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, *arguments: str, cwd: Path | None = None, where: Where = here
+    ) -> None:
         self.run_dir = run_dir
         self.attempts_before = attempts(run_dir)
         self.ranks: dict[int, psutil.Process] = {}
         self.process = subprocess.Popen(
-            command(*arguments),
+            where(command(*arguments)),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

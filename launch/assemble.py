@@ -1,0 +1,149 @@
+"""From a configuration to what is to be started: hosts, launcher, variables, command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from harness import environment
+from harness.errors import ConfigError, LaunchError
+from harness.records import RunDirectory
+from harness.schema import Config
+from launch import detect, elastic, horovodrun, local, mpirun, srun
+from launch.hosts import fill, parse_hosts, read_hostfile, slurm_hosts, this_host
+from launch.preflight import is_local
+from launch.spec import Host, LaunchSpec
+
+Launcher = Literal["horovodrun", "mpirun", "srun", "local"]
+
+MODULES = {"horovodrun": horovodrun, "mpirun": mpirun, "srun": srun, "local": local}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same over the launches of a run."""
+
+    config: Config
+    config_path: Path
+    overrides: tuple[str, ...]
+    directory: RunDirectory
+    launcher: Launcher
+    hosts: tuple[Host, ...]
+    """With all their slots."""
+    grow: int
+    """The most ranks that the run may ask for; 0: it keeps what it has."""
+
+
+def find_hosts(hosts: str | None, hostfile: Path | None) -> tuple[Host, ...]:
+    """The hosts that are asked for, else those of the Slurm job, else this one."""
+    if hosts is not None and hostfile is not None:
+        raise LaunchError("--hosts and --hostfile both say which hosts; leave one of them out")
+    if hosts is not None:
+        return parse_hosts(hosts)
+    if hostfile is not None:
+        return read_hostfile(hostfile)
+    return slurm_hosts(os.environ) or this_host()
+
+
+def choose_launcher(asked: Launcher | None, config: Config, hosts: tuple[Host, ...]) -> Launcher:
+    """The launcher that is asked for, else the one that fits where this process runs.
+
+    Raises ConfigError if it cannot start such ranks.
+    """
+    launcher = asked or config.launch.launcher
+    if launcher is None:
+        in_job = detect.inside_slurm_job(os.environ) and config.comm.controller == "mpi"
+        launcher = "srun" if in_job else "horovodrun"
+    if config.comm.controller == "gloo" and launcher not in ("horovodrun", "local"):
+        raise ConfigError("comm.controller = gloo needs --launcher horovodrun")
+    if launcher == "local":
+        _check_local(config, hosts)
+    if config.launch.elastic:
+        elastic.check(config, launcher)
+    return launcher
+
+
+def _check_local(config: Config, hosts: tuple[Host, ...]) -> None:
+    if len(hosts) > 1 or not is_local(hosts[0].name):
+        raise LaunchError(
+            f"--launcher local starts ranks on this host alone, not on {','.join(map(str, hosts))};"
+            " use horovodrun, mpirun or srun"
+        )
+    if config.ranks.ceiling > 1 and config.comm.backend == "horovod":
+        raise ConfigError(
+            "--launcher local starts several ranks without MPI, which Horovod needs; set "
+            "comm.backend=torch, or use --launcher horovodrun"
+        )
+
+
+def build_spec(job: Job, hosts: tuple[Host, ...], ranks: int, resume: bool) -> LaunchSpec:
+    """One launch of so many ranks on these hosts. Asks the machine which MPI it has, if the
+    configuration does not say."""
+    config, launch = job.config, job.config.launch
+    placed = fill(ranks, hosts)
+    by_mpirun = job.launcher in ("mpirun", "horovodrun") and config.comm.controller == "mpi"
+    mpi = launch.mpi or (detect.installed_mpi() if by_mpirun else "openmpi4")
+    spec = LaunchSpec(
+        ranks=ranks,
+        hosts=placed,
+        command=_command(job, resume),
+        environment=_variables(job, placed, ranks),
+        controller=config.comm.controller,
+        interfaces=tuple(launch.interfaces),
+        bind=launch.bind,
+        cores_per_rank=config.slurm.cpus_per_rank or config.ranks.threads,
+        mpi=mpi,
+        mpi_prefix=None if mpi == "mpich" else detect.mpi_programs()[0],
+        srun_mpi=launch.srun_mpi
+        or (detect.available_srun_mpi() if job.launcher == "srun" else "pmix"),
+        as_root=os.geteuid() == 0,
+    )
+    settings = MODULES[job.launcher].launcher_settings(spec)
+    # What follows from the configuration beats the user's own variable; a mere default does not.
+    own = {
+        name: value
+        for name, value in settings.items()
+        if name not in os.environ or name not in srun.DEFAULTS
+    }
+    return replace(spec, environment={**own, **spec.environment})
+
+
+def _command(job: Job, resume: bool) -> tuple[str, ...]:
+    python = job.config.launch.python or sys.executable
+    command = [python, "-m", "harness", "train", str(job.config_path.resolve())]
+    command += [*job.overrides, "--run-dir", str(job.directory.path.resolve())]
+    return (*command, "--resume") if resume else tuple(command)
+
+
+def _variables(job: Job, hosts: tuple[Host, ...], ranks: int) -> dict[str, str]:
+    """Settings of the ranks. A key that the configuration sets beats the user's own variable.
+
+    What follows from a host's cores each rank settles by itself: this machine may have others.
+    """
+    config = job.config
+    share = environment.usable_cores() // max(host.slots for host in hosts)
+    threads = config.ranks.threads or os.environ.get("OMP_NUM_THREADS") or max(1, share)
+    settings = _forwarded(os.environ)
+    settings |= environment.communication_settings(config.comm)
+    settings["OMP_NUM_THREADS"] = str(threads)
+    settings |= config.launch.environment
+    settings |= {
+        environment.WORLD_SIZE: str(ranks),
+        environment.FAILURE_DIR: str(job.directory.failures.resolve()),
+        environment.PROGRESS: "relay",
+        environment.GROW: str(job.grow),
+        environment.LAUNCHER: job.launcher,
+        environment.RANKS_PER_GPU: str(config.launch.ranks_per_gpu),
+        environment.MPS: str(int(config.launch.mps)),
+    }
+    return settings
+
+
+def _forwarded(variables: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value for name, value in variables.items() if name.startswith(environment.FORWARDED)
+    }

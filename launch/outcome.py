@@ -1,0 +1,102 @@
+"""How a launch ended, from what the launcher and the ranks have left."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from harness.errors import StoppedEarly, UsageError
+from harness.records import RunDirectory
+from harness.resume import has_finished, ranks_wanted
+from launch.deaths import Death, first_death, lost_host
+from launch.spec import LaunchSpec
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The end of a launcher's process."""
+
+    exit_code: int
+    own_words: str
+    """What the launcher itself printed, without the ranks' output."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    kind: Literal["done", "grow", "stopped", "refused", "failed"]
+    """grow: the run wants more ranks; refused: the ranks would not start as they were asked to."""
+    message: str = ""
+    rank: int | None = None
+    host: str | None = None
+    """The host on which it failed, as the host list has it, if that is known."""
+    final: bool = False
+    """Whether another launch would end in the same way."""
+
+
+def judge(ended: Ended, spec: LaunchSpec, directory: RunDirectory) -> Outcome:
+    """The outcome of a launch of ``spec`` that has ended."""
+    # Open MPI 5's mpirun has been seen to end with 0 after it had lost a host.
+    if ended.exit_code == 0 and has_finished(directory):
+        return Outcome("done")
+    words = min(_last_words(directory), key=lambda note: note["rank"], default=None)
+    if words is not None:
+        return _by_its_words(words, spec, directory)
+    death = first_death(ended.own_words)
+    if StoppedEarly.exit_code in (ended.exit_code, death and death.exit_code):
+        grows = ranks_wanted(directory) > spec.ranks
+        return Outcome("grow" if grows else "stopped")
+    host = _host_of(death, lost_host(ended.own_words), spec)
+    if death is None:
+        said = "\n".join(ended.own_words.strip().splitlines()[-15:])
+        gone = f"host {host} was lost: " if host else ""
+        message = f"{gone}the launcher ended with exit code {ended.exit_code}\n{said}".rstrip()
+        return Outcome("failed", message, host=host)
+    return Outcome("failed", f"{_cause(death, host)}, and the job was ended", death.rank, host)
+
+
+def _last_words(directory: RunDirectory) -> Iterator[dict[str, Any]]:
+    """What ranks have left that failed by themselves, not because another was gone."""
+    for path in directory.failures.glob("rank-*.json"):
+        try:
+            note = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if not note["consequence"]:
+            yield note
+
+
+def _by_its_words(note: dict[str, Any], spec: LaunchSpec, directory: RunDirectory) -> Outcome:
+    if note["exit_code"] == UsageError.exit_code:
+        return Outcome("refused", note["message"], final=True)
+    message = f"rank {note['rank']} on {note['host']}: {note['message']}"
+    if note["traceback"]:
+        trace = directory.failures / f"rank-{note['rank']:05d}.txt"
+        trace.write_text(note["traceback"], encoding="utf-8")
+        message += f" (traceback in {trace})"
+    host = spec.host_of(note["rank"])
+    return Outcome("failed", message, note["rank"], host, final=note.get("final", False))
+
+
+def _host_of(death: Death | None, lost: str | None, spec: LaunchSpec) -> str | None:
+    names = {host.name for host in spec.hosts}
+    for found in (lost, death.host if death else None):
+        if found in names:
+            return found
+    return spec.host_of(death.rank) if death and death.rank is not None else lost
+
+
+def _cause(death: Death, host: str | None) -> str:
+    where = f" on {death.host or host}" if death.host or host else ""
+    rank = "a rank" if death.rank is None else f"rank {death.rank}"
+    if death.signal is not None:
+        try:
+            name = signal.Signals(death.signal).name
+        except ValueError:
+            name = "unknown"
+        return f"{rank}{where} was killed by signal {death.signal} ({name})"
+    if death.exit_code is None:
+        return f"{rank}{where} ended without a word"
+    return f"{rank}{where} ended with exit code {death.exit_code}"
