@@ -28,8 +28,8 @@ demo: setup ## a short adaptive-batch run on 2 ranks, with its report
 
 # Those that start ranks need the cores for themselves.
 test: setup ## all tests; ARGS="-k name" for some
-	@$(PYTEST) tests/parallel $(ARGS) $(NONE)
-	@OMP_NUM_THREADS=1 $(PYTEST) --ignore tests/parallel -n $(JOBS) $(ARGS) $(NONE)
+	@$(PYTEST) tests/parallel tests/slurm $(ARGS) $(NONE)
+	@OMP_NUM_THREADS=1 $(PYTEST) --ignore tests/parallel --ignore tests/slurm -n $(JOBS) $(ARGS) $(NONE)
 
 test-fast: setup ## the tests that take a few seconds at most
 	@OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n $(JOBS) $(ARGS)

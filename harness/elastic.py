@@ -13,6 +13,7 @@ Horovod, because a Horovod that waits in vain for a rank ends its process (SIGAB
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import subprocess
 import threading
@@ -99,6 +100,8 @@ class Membership:
         self._vain = 0
         first = comm.rank == 0
         self._compare_hosts(comm)
+        if first and self._lost_one:
+            self._set_failures_aside()
         flags = [self._worlds > 0, first and run.config.exists(), first and resume]
         begun, there, asked = allreduce(comm, torch.tensor(flags).float(), "elastic.begun").tolist()
         return bool(asked or (begun and there))
@@ -148,9 +151,19 @@ class Membership:
         if comm.rank == 0 and self._lost_one and (gone := self._hosts - hosts):
             path = environment.discovery_dir() / "failed"
             with suppress(OSError):  # the next host is not worth the run
-                known = path.read_text(encoding="utf-8").split()
-                write_atomic(path, "".join(f"{host}\n" for host in {*known, *gone}).encode())
+                failed = gone | set(path.read_text(encoding="utf-8").split())
+                write_atomic(path, "".join(f"{host}\n" for host in sorted(failed)).encode())
         self._hosts = hosts
+
+    def _set_failures_aside(self) -> None:
+        """What lost ranks have said is why the last world was left, and not how the job ends."""
+        folder = environment.failure_dir()
+        for path in sorted(folder.glob("rank-*.json")) if folder else []:
+            with suppress(OSError, ValueError, LookupError, TypeError):
+                note = json.loads(path.read_text(encoding="utf-8"))
+                path.rename(path.with_name(f"survived-{self._worlds}-{path.name}"))
+                if not note["consequence"]:
+                    self.reason = f"rank {note['rank']} on {note['host']}: {note['message']}"
 
     def _ask(self, size: int, wanted: int) -> str | None:
         """Rank 0's part of ``grow``."""
@@ -174,13 +187,16 @@ def _discovered(folder: Path) -> str:
     """What the discovery script tells Horovod's driver: lines of ``HOST:SLOTS``; nothing if it
     fails, as the driver then goes by what it knows."""
     script = [str(folder / "discover.sh")]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=60, check=False)
+    try:
+        done = subprocess.run(script, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
     return "" if done.returncode else done.stdout
 
 
 def _ask_store(method: str, path: str, body: bytes | None = None) -> bytes | None:
-    """One request to the driver's key-value store; None if it has nothing there. Raises RankFailure
-    if it does not answer: then horovodrun is gone."""
+    """One request to the driver's key-value store; None if it has nothing there. Raises PeerLost if
+    it does not answer: then horovodrun has ended, or its host is gone."""
     store = environment.horovodrun_store()
     if store is None:
         raise LaunchError("launch.elastic = true needs ranks that horovodrun has started")
@@ -190,7 +206,7 @@ def _ask_store(method: str, path: str, body: bytes | None = None) -> bytes | Non
             response = connection.getresponse()
             content = response.read()
     except (OSError, http.client.HTTPException) as error:
-        raise RankFailure(
+        raise PeerLost(
             f"horovodrun does not answer at {store[0]}:{store[1]} ({error}); the job has ended"
         ) from None
     return content if response.status == 200 else None

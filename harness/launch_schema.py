@@ -122,7 +122,8 @@ class Launch(Section):
     mpi: Literal["openmpi4", "openmpi5", "mpich"] | None = None
     """Whose mpirun it is; default: what `mpirun --version` says."""
     srun_mpi: Line | None = None
-    """What srun's --mpi is to be; default: pmix if `srun --mpi=list` has it, else pmi2."""
+    """What srun's --mpi is to be; default: pmix if `srun --mpi=list` has it, else pmi2, which an
+    Open MPI must have been built for."""
     interfaces: list[Line] = []
     """Network interfaces for MPI, Gloo and NCCL, by name; default: their own choice."""
     bind: Literal["none", "core", "numa", "socket"] = "none"

@@ -14,6 +14,7 @@ from harness.errors import ConfigError, LaunchError
 from harness.records import RunDirectory
 from harness.schema import Config
 from launch import detect, elastic, horovodrun, local, mpirun, srun
+from launch.containers import container_command, container_srun_options
 from launch.hosts import fill, parse_hosts, read_hostfile, slurm_hosts, this_host
 from launch.preflight import is_local
 from launch.spec import Host, LaunchSpec
@@ -57,7 +58,7 @@ def choose_launcher(asked: Launcher | None, config: Config, hosts: tuple[Host, .
     launcher = asked or config.launch.launcher
     if launcher is None:
         in_job = detect.inside_slurm_job(os.environ) and config.comm.controller == "mpi"
-        launcher = "srun" if in_job else "horovodrun"
+        launcher = _in_job(config) if in_job else "horovodrun"
     if config.comm.controller == "gloo" and launcher not in ("horovodrun", "local"):
         raise ConfigError("comm.controller = gloo needs --launcher horovodrun")
     if launcher == "local":
@@ -65,6 +66,13 @@ def choose_launcher(asked: Launcher | None, config: Config, hosts: tuple[Host, .
     if config.launch.elastic:
         elastic.check(config, launcher)
     return launcher
+
+
+def _in_job(config: Config) -> Launcher:
+    """srun where it can start MPI's ranks; mpirun needs nothing but Slurm's own daemons."""
+    if config.launch.srun_mpi is None and not detect.srun_starts_mpi():
+        return "mpirun"
+    return "srun"
 
 
 def _check_local(config: Config, hosts: tuple[Host, ...]) -> None:
@@ -84,13 +92,13 @@ def build_spec(job: Job, hosts: tuple[Host, ...], ranks: int, resume: bool) -> L
     """One launch of so many ranks on these hosts. Asks the machine which MPI it has, if the
     configuration does not say."""
     config, launch = job.config, job.config.launch
-    placed = fill(ranks, hosts)
+    placed, run_dir = fill(ranks, hosts), job.directory.path.resolve()
     by_mpirun = job.launcher in ("mpirun", "horovodrun") and config.comm.controller == "mpi"
     mpi = launch.mpi or (detect.installed_mpi() if by_mpirun else "openmpi4")
     spec = LaunchSpec(
         ranks=ranks,
         hosts=placed,
-        command=_command(job, resume),
+        command=tuple(container_command(config, _command(job, resume), run_dir)),
         environment=_variables(job, placed, ranks),
         controller=config.comm.controller,
         interfaces=tuple(launch.interfaces),
@@ -98,6 +106,7 @@ def build_spec(job: Job, hosts: tuple[Host, ...], ranks: int, resume: bool) -> L
         cores_per_rank=config.slurm.cpus_per_rank or config.ranks.threads,
         mpi=mpi,
         mpi_prefix=None if mpi == "mpich" else detect.mpi_programs()[0],
+        srun_options=tuple(container_srun_options(config, run_dir)),
         srun_mpi=launch.srun_mpi
         or (detect.available_srun_mpi() if job.launcher == "srun" else "pmix"),
         as_root=os.geteuid() == 0,
@@ -107,7 +116,7 @@ def build_spec(job: Job, hosts: tuple[Host, ...], ranks: int, resume: bool) -> L
     own = {
         name: value
         for name, value in settings.items()
-        if name not in os.environ or name not in srun.DEFAULTS
+        if name not in os.environ or name not in {**srun.DEFAULTS, **mpirun.DEFAULTS}
     }
     return replace(spec, environment={**own, **spec.environment})
 

@@ -87,6 +87,17 @@ def available_srun_mpi() -> str:
     )
 
 
+def srun_starts_mpi() -> bool:
+    """Whether srun can start MPI's ranks in this job. What it lists does not tell: the plugin may
+    lack its library, which only a trial shows."""
+    try:
+        kind = available_srun_mpi()
+        _said(["srun", f"--mpi={kind}", "--ntasks=1", "--nodes=1", "--overlap", "true"], "")
+    except LaunchError:
+        return False
+    return True
+
+
 def inside_slurm_job(environ: Mapping[str, str]) -> bool:
     """Whether this process runs in a job of Slurm's, where srun starts ranks at once."""
     return bool(environ.get("SLURM_JOB_ID"))

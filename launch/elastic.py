@@ -12,6 +12,7 @@ The folder RUN_DIR/elastic belongs to one launch:
 
 from __future__ import annotations
 
+import re
 import shlex
 import socket
 from collections.abc import Iterable, Sequence
@@ -21,14 +22,20 @@ from harness import environment
 from harness.errors import ConfigError, LaunchError
 from harness.records import write_atomic
 from harness.schema import Config
+from launch.deaths import Death
 from launch.spec import Host, LaunchSpec
 
 _COOLDOWN = (10, 600)
-# Only what POSIX promises of sh and awk.
+_END = re.compile(r"Process name: (?P<host>\S+)\[\d+\]\s+Exit code: (?P<code>\d+)")
+_LAST_SIGNAL = 64
+# Only what POSIX promises of sh and awk. As long as all hosts are this one, horovodrun takes no other
+# interface than the loopback's, whatever it is told, and later hosts cannot reach it: hence one that
+# is elsewhere, and on which nothing runs.
 _SCRIPT = """\
 #!/bin/sh
 # Prints HOST:SLOTS for as many ranks as are wanted. Written by launch/elastic.py.
 cd {folder} || exit 1
+echo 0.0.0.0:0
 awk -F: '
 function give(name, slots) {{
     if (slots > left) slots = left
@@ -137,6 +144,17 @@ def write_discovery(folder: Path, hosts: Sequence[Host], ranks: int) -> Path:
 def script_text(folder: Path) -> str:
     """The discovery script. It prints nothing that is not in the folder's files."""
     return _SCRIPT.format(folder=shlex.quote(str(folder.resolve())))
+
+
+def last_death(own_words: str) -> Death | None:
+    """The death that ended an elastic launch, from what horovodrun has printed; None if it names
+    none. Others that it tells of, before, the ranks may have survived."""
+    found = _END.search(own_words)
+    if found is None:
+        return None
+    code = int(found["code"])
+    number = code - 128 if 128 < code <= 128 + _LAST_SIGNAL else None  # as a shell tells it
+    return Death(None, code if number is None else None, number, found["host"])
 
 
 def set_hosts(folder: Path, hosts: Iterable[Host]) -> None:

@@ -6,6 +6,13 @@ from harness.errors import LaunchError
 from launch.hosts import fill, interface_settings
 from launch.spec import LaunchSpec
 
+# By Open MPI's own defaults a host that was switched off goes unnoticed for more than five minutes.
+DEFAULTS = {
+    "OMPI_MCA_oob_tcp_keepalive_time": "5",
+    "OMPI_MCA_oob_tcp_keepalive_intvl": "2",
+    "OMPI_MCA_oob_tcp_keepalive_probes": "3",
+}
+
 
 def arguments(spec: LaunchSpec) -> list[str]:
     """Raises LaunchError for what this MPI's mpirun cannot do."""
@@ -71,7 +78,9 @@ def launcher_settings(spec: LaunchSpec) -> dict[str, str]:
     Open MPI's own are for its daemons too, which no ``-x`` reaches.
     """
     settings = interface_settings(spec.interfaces)
-    if not settings or spec.mpi == "mpich":
+    if spec.mpi == "openmpi4":
+        settings |= DEFAULTS
+    if not spec.interfaces or spec.mpi == "mpich":
         return settings
     listed = ",".join(spec.interfaces)
     daemons = "OMPI_MCA_oob_tcp" if spec.mpi == "openmpi4" else "PRTE_MCA_prte"

@@ -85,8 +85,7 @@ def run(request: RunRequest) -> int:
     build_plan(config, train_size(config.data))  # refuses what it can
     directory = RunDirectory(_run_directory(request, config))
     directory.check_usable(request.resume)
-    # The ranks of a launch that was killed a moment ago need some seconds to die.
-    check_unlocked(directory, patience=10.0 if request.resume else 0.0)
+    _wait_for_others(directory, request)
     if request.resume:
         check_same_run(config, directory)
         if has_finished(directory):
@@ -304,6 +303,25 @@ class Supervisor:
         path = self._directory.path
         words = ["harness", "run", str(self._directory.config), "--run-dir", str(path), "--resume"]
         return f"go on with: {shlex.join(words)}"
+
+
+def _wait_for_others(directory: RunDirectory, request: RunRequest) -> None:
+    """Raise RunDirectoryError if ranks of another launch still write there.
+
+    Those of a launch that was killed a moment ago need some seconds to die. A job that Slurm has
+    queued again may find ranks on a node that Slurm has lost sight of: they are asked to stop.
+    """
+    if not request.resume:
+        check_unlocked(directory)
+        return
+    try:
+        check_unlocked(directory, patience=10.0)
+    except RunDirectoryError:
+        if not (request.go_on and detect.inside_slurm_job(os.environ)):
+            raise
+        print("harness: ranks of an earlier attempt still run; asking them to stop", flush=True)
+        directory.stop_request.touch()
+        check_unlocked(directory, patience=120.0)
 
 
 def _restarts(request: RunRequest, config: Config) -> Restarts:

@@ -166,10 +166,12 @@ class SlurmBed:
         )
 
     def submit(self, script: str, *options: str) -> str:
-        """Queue a batch script, given as text; returns the job's number."""
+        """Queue a batch script, given as text; returns the job's number. What it prints is in the
+        logs, unless an option says otherwise."""
         path = self.folder / "submitted.sh"
         path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
-        return self._do(CTL, "sbatch", "--parsable", *options, str(path)).strip()
+        words = ["sbatch", "--parsable", "-o", f"{self.logs}/job-%j", *options, str(path)]
+        return self._do(CTL, *words).strip()
 
     def job(self, number: str) -> dict[str, str]:
         """All that the controller tells of a job, by its own names (JobState, NodeList, …)."""

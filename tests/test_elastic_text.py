@@ -15,6 +15,7 @@ from harness import environment
 from harness.config import load_config
 from harness.errors import ConfigError, LaunchError
 from launch import elastic
+from launch.deaths import Death
 from launch.spec import Host, LaunchSpec
 
 DEMO = Path(__file__).parents[1] / "configs" / "adabatch-digits.yaml"
@@ -38,7 +39,9 @@ def discovered(script: Path) -> list[Host]:
     done = subprocess.run(words, cwd="/", capture_output=True, text=True, check=True)
     assert done.stderr == ""
     pairs = (line.rpartition(":") for line in done.stdout.splitlines())
-    return [Host(name, int(slots)) for name, _, slots in pairs]
+    nobody, *hosts = [Host(name, int(slots)) for name, _, slots in pairs]
+    assert nobody == Host("0.0.0.0", 0)
+    return hosts
 
 
 def set_up(folder: Path, hosts: list[Host], wanted: int) -> Path:
@@ -141,6 +144,36 @@ def test_a_place_in_the_next_world_is_what_the_launcher_would_have_said(
     assert environment.launched_local_rank() == 1
     assert environment.launched_local_size() == 4
     assert environment.elastic_slot() == "node1:1"
+
+
+# How it ended
+
+
+SURVIVED = "Process 1 exit with status code 137.\n"
+ENDED = (
+    "RuntimeError: Horovod detected that one or more processes exited with non-zero status, thus "
+    "causing the job to be terminated. The first process to do so was:\n"
+    "Process name: node2[0]\nExit code: {code}\n\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "death"),
+    [
+        (75, Death(None, 75, None, "node2")),
+        (1, Death(None, 1, None, "node2")),
+        (137, Death(None, None, 9, "node2")),
+        (128, Death(None, 128, None, "node2")),
+        (255, Death(None, 255, None, "node2")),
+    ],
+)
+def test_the_end_of_a_launch_is_not_the_death_that_it_survived(code: int, death: Death) -> None:
+    assert elastic.last_death(SURVIVED + ENDED.format(code=code)) == death
+
+
+def test_a_launch_that_names_no_end_has_none() -> None:
+    assert elastic.last_death(SURVIVED) is None
+    assert elastic.last_death("") is None
 
 
 # Discovery

@@ -523,6 +523,7 @@ def test_what_nobody_has_set_is_left_to_each_rank(
 ) -> None:
     found = variables(capsys)
     assert found.keys() == {
+        *mpirun.DEFAULTS,
         "HARNESS_FAILURE_DIR",
         "HARNESS_GROW",
         "HARNESS_LAUNCHER",

@@ -9,6 +9,7 @@ import signal
 import string
 import subprocess
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,13 @@ from harness.schedule.plan import build_plan
 from harness.schema import Config
 from launch.containers import container_command, container_srun_options
 from launch.slurm import (
+    TEMPLATES,
     BatchJob,
     Place,
     chain,
     gather,
     job_title,
+    limit_seconds,
     nodes_for,
     options_of,
     render,
@@ -103,6 +106,16 @@ def test_golden_scripts(case: str) -> None:
 def test_no_golden_script_is_left_over() -> None:
     expected = {name for case in CASES for name in scripts(case)}
     assert {path.name for path in GOLDEN.iterdir()} == expected
+
+
+def test_every_template_has_a_golden_script() -> None:
+    """And all of them are where an installation has them too."""
+    kinds = {job.kind if job else "job" for _, job in CASES.values()}
+    names = {f"{kind}.sbatch.j2" for kind in kinds} | {"common.j2"}
+    assert {path.name for path in TEMPLATES.iterdir()} == names
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    assert TEMPLATES.name in settings["packages"]["find"]["include"]
+    assert settings["package-data"][TEMPLATES.name] == ["*.j2"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -494,6 +507,8 @@ def test_a_report_is_made_of_the_runs_that_have_begun(tmp_path: Path) -> None:
         ((), Place(Path("/a"), Path("/"), "p\x1b"), "the interpreter p.x1b has characters"),
         ((), Place(Path("/a\udcff"), Path("/"), "p"), "the run directory .* do not print"),
         ((), Place(Path("/a\\b"), Path("/"), "p"), "reads a backslash"),
+        (("slurm.time=2",), PLACE, "a time limit of 120 s leaves nothing before the warning"),
+        (("slurm={time: 60, options: {time: '1:59'}}",), PLACE, "a time limit of 119 s"),
         (("slurm.modules=['-q']",), PLACE, "-q is an option, not a module"),
         (("slurm.options.requeue=true",), PLACE, "settled by slurm.requeue"),
         (("slurm.options.test-only=true",), PLACE, "settled by harness submit --dry-run"),
@@ -529,6 +544,24 @@ def test_what_cannot_stand_in_a_script_is_refused(
 
 
 # Jobs
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("0", None),
+        ("UNLIMITED", None),
+        ("1-2-3", None),
+        ("30", 1800),
+        ("30:10", 1810),
+        ("2:30:10", 9010),
+        ("1-2", 93600),
+        ("1-2:30", 95400),
+        ("1-2:30:10", 95410),
+    ],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: int | None) -> None:
+    assert limit_seconds(text) == seconds
 
 
 @given(st.integers(1, 4096), st.integers(1, 128))

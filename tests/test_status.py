@@ -136,6 +136,17 @@ def test_jobs_are_shown_with_what_slurm_says(
     assert text.splitlines()[1].split()[:6] == ["101", "job-0", "0", "1", "2", "RUNNING"]
 
 
+def test_a_job_that_has_failed_is_named(
+    cluster: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["submit", DEMO, *CHAIN, "--run-dir", "r"]) == 0
+    cluster.job(101, "FAILED", reason="NonZeroExitCode")
+    cluster.job(102, "CANCELLED", reason="DependencyNeverSatisfied")
+    text = shown(capsys, "r")
+    assert "next: job 101 has failed: see its output in r/slurm; submit it with: harness" in text
+    assert "scancel" not in text  # it has ended already
+
+
 def test_json_tells_the_same(cluster: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", DEMO, *CHAIN, "--run-dir", "r"]) == 0
     cluster.job(101, "PENDING", reason="Priority")
@@ -192,9 +203,9 @@ def test_what_was_only_rendered_is_to_be_submitted(
     cluster: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["submit", DEMO, "--run-dir", "r", "--dry-run"]) == 0
-    text = shown(capsys, "r")
-    assert text.endswith("next: submit it with: harness submit r/slurm/config.yaml --run-dir r\n")
+    assert shown(capsys, "r").endswith("again without --dry-run\n")
     assert main(["submit", "r/slurm/config.yaml", "--run-dir", "r"]) == 0
+    assert "next: submit it with: harness submit r/slurm/config.yaml" in shown(capsys, "r")
 
 
 @pytest.mark.parametrize("name", ["missing", "empty", "file"])

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from fakeslurm import FakeSlurm
+from hypothesis import given
+from hypothesis import strategies as st
 from support import ROOT
 
 from harness.cli import _parser, main
@@ -133,7 +135,7 @@ def test_a_sweep_is_an_array_and_a_report(slurm: FakeSlurm) -> None:
         ["--dependency=afterany:101", str(Path("r/slurm/gather.sbatch").absolute())],
     ]
     assert [point.settings for point in jobs.points] == [
-        [f"lr.base={rate}", f"model={{name: {name}}}"]
+        [f"lr.base={rate}", f'model={{"name": "{name}"}}']
         for rate in ("0.1", "0.2")
         for name in ("lenet5", "resnet20")
     ]
@@ -142,6 +144,15 @@ def test_a_sweep_is_an_array_and_a_report(slurm: FakeSlurm) -> None:
         assert f"lr.base={stored.lr.base}" == point.settings[0]
         assert stored.model.name in point.settings[1]
     assert jobs.jobs[0].options["array"] == "0-3"
+
+
+def test_values_of_a_sweep_are_yaml(slurm: FakeSlurm) -> None:
+    growth = "batch.growth={policy: fixed},{policy: geometric, every: 5ep, factor: 2}"
+    jobs = submitted("--sweep", growth, "--sweep", "train.eval_every=1ep,null,2ep")
+    stored = [config_of(f"r/{point.directory}") for point in jobs.points]
+    assert [one.batch.growth.policy for one in stored] == ["fixed"] * 3 + ["geometric"] * 3
+    assert [str(one.train.eval_every) for one in stored] == ["1ep", "None", "2ep"] * 2
+    assert jobs.points[0].settings[1] == "train.eval_every=1ep"
 
 
 def test_a_sweep_can_be_kept_small(slurm: FakeSlurm) -> None:
@@ -204,6 +215,9 @@ def test_every_option_of_the_parser_is_known_as_the_harness_s_own() -> None:
         (["--nodes", "1", "--ranks", "1"], "omit --ranks"),
         (["--nodes", "1", "--probe"], "--nodes and --probe cannot be had together"),
         (["--sweep", "lr.base"], "write KEY=VALUE,VALUE"),
+        (["--sweep", "=1,2"], "write KEY=VALUE,VALUE"),
+        (["--sweep", "lr.base=0.1,,0.2"], "--sweep lr.base=0.1,,0.2.*not valid YAML"),
+        (["--sweep", "lr.base={"], "not valid YAML"),
         (["--sweep", "slurm.time=1,2"], "have one of these"),
         (["--sweep", "lr.base=0.1,x"], "lr.base: must be a number"),
         (["--sweep", "seed=" + ",".join(map(str, range(1001)))], "1001 points are more than"),
@@ -223,6 +237,24 @@ def test_what_is_refused_leaves_nothing(
 ) -> None:
     assert re.search(message, refused(capsys, *words))
     assert slurm.calls() == []
+
+
+@given(
+    st.sampled_from(["--{}", "--comment={}", "--sweep=seed={}", "--sweep={}", "--nodes={}", "-{}"]),
+    st.text(st.characters(exclude_characters="\0"), max_size=20),
+)
+def test_any_words_are_submitted_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, form: str, text: str
+) -> None:
+    folder = tmp_path_factory.mktemp("work")
+    try:
+        code = main(
+            ["submit", DEMO, form.format(text), "--dry-run", "--run-dir", str(folder / "r")]
+        )
+    except SystemExit as usage:
+        code = int(usage.code or 0)
+    assert code in (0, 2)
+    assert (folder / "r").exists() <= (code == 0)
 
 
 def test_a_directory_with_a_run_is_left_alone(

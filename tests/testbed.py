@@ -42,12 +42,15 @@ _NAMESPACES = ("unshare", "-m", "-n", "-u", "-i", "-p", "-f", "--kill-child")
 _ENTER = ("-m", "-n", "-u", "-i", "-p")
 # A command dies with the nsenter that waits for it, which is all that its caller can kill.
 _TIED = ("setpriv", "--pdeathsig", "KILL")
+# Hosts of different beds have the same names and numbers of processes, by which Open MPI tells its
+# sessions apart.
+_OWN_TMP = "/run/tmp"
 _NOBODY = "02:77:00:00:00:ff"  # the hardware address of no host
 _START_SECONDS = 60.0
 
 # Every script gets the bed's folder as $1. A first process reads its own number as those outside
 # see it, which is what nsenter needs, before it mounts its own /proc; then it reaps orphans.
-_FIRST = """
+_FIRST = f"""
 read -r pid _ </proc/self/stat
 mount -t proc proc /proc
 hostname "$2"
@@ -55,7 +58,8 @@ for file in /proc/sys/net/ipv6/conf/*/disable_ipv6; do
     [ ! -e "$file" ] || echo 1 >"$file"
 done
 mount -t tmpfs -o mode=755 tmpfs /run
-mkdir -p /run/sshd /run/munge
+mkdir /run/sshd /run/munge
+mkdir -m 1777 {_OWN_TMP}
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 ip link set lo up
 """
@@ -110,6 +114,12 @@ for host; do
     fi
 done
 """
+# $1: host, $2: its first process. The link goes first: what is left of it could still refuse.
+_POWER_OFF = """
+ip link del "v$1"
+kill -KILL "$2"
+while kill -0 "$2" 2>/dev/null; do sleep 0.01; done
+"""
 _SSHD = """
 ListenAddress 0.0.0.0
 HostKey {folder}/host_key
@@ -121,6 +131,7 @@ UseDNS no
 MaxStartups 100
 PrintLastLog no
 PidFile /run/sshd.pid
+SetEnv TMPDIR={tmp}
 """
 
 
@@ -185,7 +196,7 @@ class Testbed:
 
     def on(self, host: str, command: Sequence[str]) -> list[str]:
         """The command that runs ``command`` on a host, in the calling process's directory, with
-        its environment but for HOME.
+        its environment but for HOME and for TMPDIR, which is the host's own.
 
         It dies when the process that is started with these words does, in whatever way. That one
         must be started by a thread that outlives it.
@@ -194,7 +205,7 @@ class Testbed:
         for entered in (CTL,) if host == CTL else (CTL, host):
             words += ["nsenter", "-t", str(self.first_process(entered)), *_ENTER]
             words += [f"--wdns={os.getcwd()}", *_TIED]
-        return [*words, "env", f"HOME={self.home}", *command]
+        return [*words, "env", f"HOME={self.home}", f"TMPDIR={_OWN_TMP}", *command]
 
     def run(
         self, host: str, command: Sequence[str], timeout: float = 60.0
@@ -265,7 +276,7 @@ class Testbed:
 
     def kill(self, host: str) -> None:
         """Switch the host off: all that runs on it is gone at once."""
-        self.do(CTL, "kill", "-KILL", str(self.first_process(host)))
+        self.do(CTL, "sh", "-c", _POWER_OFF, "sh", host, str(self.first_process(host)))
         (self.folder / f"{host}.pid").unlink()
 
     def start(self, *hosts: str) -> None:
@@ -323,7 +334,7 @@ class Testbed:
         names = [f"{self.address(host)} {host}" for host in (CTL, *self.hosts)]
         self._write("hosts", "127.0.0.1 localhost", *names)
         self._write_account()
-        self._write("sshd_config", _SSHD.format(folder=self.folder).strip())
+        self._write("sshd_config", _SSHD.format(folder=self.folder, tmp=_OWN_TMP).strip())
         for key in (self.folder / "host_key", ssh / "id_ed25519"):
             make = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "testbed", "-f", str(key)]
             subprocess.run(make, check=True, timeout=60, stdin=subprocess.DEVNULL)

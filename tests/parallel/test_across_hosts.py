@@ -34,7 +34,7 @@ SETTINGS = (
     "train={duration: 6ep, checkpoint_every: 5up, log_every: 1}",
     # Sums that do not depend on the ranks, so that weights are equal to the last bit.
     "comm={compression: none, summation: exact}",
-    "batch={initial: 24, max: 96, micro: 24, growth: {policy: geometric, every: 2ep}}",
+    "batch={initial: 24, max: 96, micro: 6, growth: {policy: geometric, every: 2ep}}",
 )
 HOSTS = "n1:1,n2:1,n3:1,n4:1"
 
@@ -205,7 +205,7 @@ def test_a_run_directory_that_is_not_shared_is_named(bed: Testbed) -> None:
 
 
 def test_too_few_slots_are_told_with_the_hosts(bed: Testbed, tmp_path: Path) -> None:
-    said = refused(bed, tmp_path / "run", "--ranks", "5")
+    said = refused(bed, tmp_path / "run", "--ranks", "5", "batch.micro=4")
     assert "5 ranks need 5 slots, but n1:1,n2:1,n3:1,n4:1 has 4" in said
 
 

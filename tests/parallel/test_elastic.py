@@ -21,6 +21,7 @@ import psutil
 import pytest
 from jobs import (
     CONFIG,
+    Job,
     command,
     events,
     harness,
@@ -288,6 +289,23 @@ def test_on_a_single_host_a_dead_rank_ends_the_launch(undisturbed: Path, place: 
     with ElasticJob(place / "run", hosts, ranks=2, resume=True) as job:
         assert job.finish() == 0, job.said()
     assert_same_training(place / "run", undisturbed)
+
+
+def test_harness_run_grows_in_place_and_restarts_what_horovod_gives_up(
+    undisturbed: Path, place: Path
+) -> None:
+    (place / "brake").touch()
+    words = run_arguments(place / "run", None, *SETTINGS, "launch.elastic=true")
+    with Job(place / "run", *words, "--max-restarts", "2", cwd=place) as job:
+        job.wait_for_update(10)
+        job.signal_rank(0, signal.SIGKILL)
+        (place / "brake").unlink()
+        code, output = job.finish()
+    assert code == 0, output
+    assert_same_training(place / "run", undisturbed)
+    assert worlds(place / "run") == [1, 1, 2]
+    assert len(events(place / "run", "restart")) == 1
+    assert not events(place / "run", "stop")
 
 
 def test_without_a_slot_to_grow_to_accumulation_goes_on(undisturbed: Path, place: Path) -> None:
