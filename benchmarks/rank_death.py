@@ -1,24 +1,28 @@
-"""From the death of a rank to the end of the job, in seconds, for each launcher.
+"""From the death of a rank until it is known and until all train again, for each launcher.
 
-    .venv/bin/python benchmarks/rank_death.py [--repeats 5]
+    .venv/bin/python benchmarks/rank_death.py [--repeats 5] [--ranks 4]
 
-Kills rank 1 of 2 with SIGKILL in the middle of training and waits for `harness run` to end. Prints
-a Markdown table of medians and ranges.
+Kills rank 1 with SIGKILL in the middle of training and reads in events.jsonl when `harness run`
+knew of it and when the ranks that it started anew had loaded the checkpoint. Prints a Markdown table
+of medians and ranges.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 
 import psutil
 
 CONFIG = Path(__file__).parents[1] / "configs" / "adabatch-digits.yaml"
+ALWAYS = ("ranks.threads=1", "train.duration=900ep", "launch.restart_pause=0")
 LAUNCHES = {
     "horovodrun, MPI": ("--launcher", "horovodrun"),
     "horovodrun, Gloo": ("--launcher", "horovodrun", "comm={controller: gloo, compression: none}"),
@@ -39,12 +43,14 @@ def rank_1(directory: Path) -> psutil.Process | None:
     return None
 
 
-def seconds_to_end(options: tuple[str, ...]) -> float:
+def seconds_after_death(options: tuple[str, ...], ranks: int) -> tuple[float, float]:
+    """From a rank's death until `harness run` knows of it, and until all ranks train again."""
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch).resolve() / "run"
-        command = [sys.executable, "-m", "harness", "run", str(CONFIG), *options]
+        command = [sys.executable, "-m", "harness", "run", str(CONFIG), *options, *ALWAYS]
         job = subprocess.Popen(
-            [*command, "--ranks", "2", "--hosts", "localhost:2", "--run-dir", str(directory)],
+            [*command, "--ranks", str(ranks), "--hosts", f"localhost:{ranks}"]
+            + ["--run-dir", str(directory)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -54,22 +60,42 @@ def seconds_to_end(options: tuple[str, ...]) -> float:
         if victim is None or job.poll() is not None:
             raise SystemExit("the run ended before its rank could be killed")
         victim.kill()
-        start = time.perf_counter()
-        if job.wait(timeout=120) != 1:
-            raise SystemExit("the run did not fail")
-        return time.perf_counter() - start
+        died = time.time()
+        try:
+            known = moment(job, directory, "fault") - died
+            return known, moment(job, directory, "resume") - died
+        finally:
+            (directory / "stop").touch()
+            job.wait(timeout=120)
+
+
+def moment(job: subprocess.Popen[bytes], directory: Path, kind: str) -> float:
+    """When an event was recorded, in seconds since the epoch; waits for it."""
+    while True:
+        ended = job.poll() is not None
+        for line in (directory / "events.jsonl").read_text(encoding="utf-8").splitlines():
+            event = json.loads(line)
+            if event["kind"] == kind:
+                return datetime.fromisoformat(event["time"]).timestamp()
+        if ended:
+            raise SystemExit(f"the run ended without a {kind} event")
+        time.sleep(0.05)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
-    print("| launcher | median, s | range, s |")
+    parser.add_argument("--ranks", type=int, default=4)
+    options = parser.parse_args()
+    print("| launcher | known after, s | training again after, s |")
     print("|---|---|---|")
-    for name, options in LAUNCHES.items():
-        times = [seconds_to_end(options) for _ in range(repeats)]
-        median = statistics.median(times)
-        print(f"| {name} | {median:.1f} | {min(times):.1f} to {max(times):.1f} |", flush=True)
+    for name, settings in LAUNCHES.items():
+        pairs = [seconds_after_death(settings, options.ranks) for _ in range(options.repeats)]
+        cells = [
+            f"{statistics.median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
+            for times in zip(*pairs, strict=True)
+        ]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

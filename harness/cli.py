@@ -44,8 +44,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     words, of_sbatch = list(sys.argv[1:] if arguments is None else arguments), list[str]()
     if words[:1] == ["submit"]:
+        from launch.graph import OPTIONS
         from launch.slurm import split_words
-        from launch.submit import OPTIONS
 
         words, of_sbatch = split_words(words, OPTIONS)
     options, rest = parser.parse_known_args(words)
@@ -212,7 +212,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from launch.submit import SubmitRequest, submit
+    from launch.graph import SubmitRequest
+    from launch.submit import submit
 
     return submit(
         SubmitRequest(

@@ -135,7 +135,7 @@ class Membership:
             raise RankFailure(f"{_MAX_VAIN} times in a row the ranks could not meet: {reason}")
         self._worlds += 1
         environment.launched_now()
-        self.reason, self._lost_one = reason, lost_one
+        self.reason, self._lost_one = reason.partition(". ")[0], lost_one
         self._news.clear()  # what comes from here on is not in the place that the driver gives
         answer = _ask_store("GET", f"/rank_and_size/{environment.elastic_slot()}")
         numbers = [int(word) for word in (answer or b"-1").split(b",")]

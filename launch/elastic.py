@@ -8,13 +8,17 @@ The folder RUN_DIR/elastic belongs to one launch:
     lost          hosts to be left out, a name on each line
     failed        hosts that ranks were lost on, which rank 0 adds; they are filled last
     discover.sh   prints the first so many of these slots; horovodrun calls it once a second
+    bin/ssh       the user's ssh, told to notice within 15 s when a host is gone
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 import socket
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,9 +32,9 @@ from launch.spec import Host, LaunchSpec
 _COOLDOWN = (10, 600)
 _END = re.compile(r"Process name: (?P<host>\S+)\[\d+\]\s+Exit code: (?P<code>\d+)")
 _LAST_SIGNAL = 64
-# Only what POSIX promises of sh and awk. As long as all hosts are this one, horovodrun takes no other
-# interface than the loopback's, whatever it is told, and later hosts cannot reach it: hence one that
-# is elsewhere, and on which nothing runs.
+# Only what POSIX promises of sh and awk. As long as all hosts are this one, horovodrun takes the
+# loopback's interface, whatever it is told, and later hosts cannot reach it: hence one that is
+# elsewhere, and on which nothing runs.
 _SCRIPT = """\
 #!/bin/sh
 # Prints HOST:SLOTS for as many ranks as are wanted. Written by launch/elastic.py.
@@ -50,6 +54,13 @@ $1 in failed {{ name[++late] = $1; slots[late] = $2 + 0; next }}
 {{ give($1, $2 + 0) }}
 END {{ for (i = 1; i <= late; ++i) give(name[i], slots[i]) }}
 ' wanted lost failed hosts
+"""
+
+
+# horovodrun goes on waiting for a host that is gone as long as its ssh does, if need be for ever.
+_SSH = """\
+#!/bin/sh
+exec {ssh} -o ServerAliveInterval=5 -o ServerAliveCountMax=3 "$@"
 """
 
 
@@ -125,6 +136,9 @@ def variables(min_ranks: int, max_ranks: int, folder: Path) -> dict[str, str]:
         environment.ELASTIC: f"{min_ranks}:{max_ranks}",
         environment.DISCOVERY: str(folder.resolve()),
         environment.GROW: str(max_ranks),
+        "PATH": os.pathsep.join(
+            [str(folder.resolve() / "bin"), str(Path(sys.executable).parent), *os.get_exec_path()]
+        ),
     }
 
 
@@ -138,7 +152,17 @@ def write_discovery(folder: Path, hosts: Sequence[Host], ranks: int) -> Path:
     script = folder / "discover.sh"
     write_atomic(script, script_text(folder).encode())
     script.chmod(0o755)
+    _write_ssh(folder / "bin")
     return script
+
+
+def _write_ssh(folder: Path) -> None:
+    ssh = shutil.which("ssh")
+    if ssh is None:  # so there is no other host
+        return
+    folder.mkdir(exist_ok=True)
+    write_atomic(folder / "ssh", _SSH.format(ssh=shlex.quote(ssh)).encode())
+    (folder / "ssh").chmod(0o755)
 
 
 def script_text(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 from dataclasses import replace
@@ -40,7 +41,7 @@ def discovered(script: Path) -> list[Host]:
     assert done.stderr == ""
     pairs = (line.rpartition(":") for line in done.stdout.splitlines())
     nobody, *hosts = [Host(name, int(slots)) for name, _, slots in pairs]
-    assert nobody == Host("0.0.0.0", 0)
+    assert str(nobody) == "0.0.0.0:0"
     return hosts
 
 
@@ -232,6 +233,23 @@ def test_a_new_launch_forgets_what_the_last_one_found(tmp_path: Path) -> None:
     elastic.set_lost(script.parent, ["a"])
     (script.parent / "failed").write_text("b\n")
     assert discovered(set_up(tmp_path, [Host("a", 1), Host("b", 1)], 1)) == [Host("a", 1)]
+
+
+def test_horovodrun_finds_an_ssh_that_notices_when_a_host_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own bin").mkdir()
+    own = tmp_path / "own bin" / "ssh"
+    own.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    own.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{own.parent}{os.pathsep}{os.environ['PATH']}")
+    folder = set_up(tmp_path, [Host("a", 1)], 1).parent
+    variables = elastic.variables(1, 2, folder)
+    done = subprocess.run(
+        ["ssh", "node2", "two words"], env=variables, capture_output=True, text=True, check=True
+    )
+    alive = ["-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"]
+    assert done.stdout.splitlines() == [*alive, "node2", "two words"]
 
 
 def test_a_script_whose_folder_is_gone_fails(tmp_path: Path) -> None:

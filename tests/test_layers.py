@@ -97,6 +97,7 @@ LAUNCH = (
     "launch.supervise",
     "launch.slurm",
     "launch.jobs",
+    "launch.graph",
     "launch.submit",
     "launch.job",
     "launch.status",
@@ -339,7 +340,10 @@ def test_rank_variables_are_found() -> None:
 
 
 # What is no rank's own: how many slots a Slurm job has, and a setting of PMIx.
-FOR_LAUNCHERS = {"launch.hosts": {"SLURM_TASKS_PER_NODE"}, "launch.srun": {"PMIX_MCA_gds"}}
+FOR_LAUNCHERS = {
+    "launch.hosts": {"SLURM_TASKS_PER_NODE"},
+    "launch.srun": {"PMIX_MCA_gds", "PMIX_MCA_psec"},
+}
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

@@ -22,8 +22,9 @@ from harness.config import load_config
 from harness.records import RunDirectory, encode
 from harness.schema import Config
 from launch import job
+from launch.graph import OPTIONS
 from launch.jobs import JobList, list_path, parse_jobs, read_list, write_list
-from launch.submit import OPTIONS, submit_successor
+from launch.submit import submit_successor
 
 DEMO = str(ROOT / "configs" / "adabatch-digits.yaml")
 CHAIN = "ranks={start: 2, max: 8, per_node: 2}"

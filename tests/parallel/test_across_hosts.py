@@ -31,10 +31,10 @@ SETTINGS = (
     "ranks.restart_seconds=0",
     "launch.restart_pause=0",
     "launch.interfaces=[eth0]",
-    "train={duration: 6ep, checkpoint_every: 5up, log_every: 1}",
+    "train={duration: 3ep, checkpoint_every: 5up, log_every: 1}",
     # Sums that do not depend on the ranks, so that weights are equal to the last bit.
     "comm={compression: none, summation: exact}",
-    "batch={initial: 24, max: 96, micro: 6, growth: {policy: geometric, every: 2ep}}",
+    "batch={initial: 24, max: 96, micro: 6, growth: {policy: geometric, every: 1ep}}",
 )
 HOSTS = "n1:1,n2:1,n3:1,n4:1"
 
@@ -127,7 +127,7 @@ def test_a_host_on_which_launches_fail_again_and_again_is_left_out(
     directory = tmp_path / "run"
     words = arguments(directory, "ranks={start: 4, max: 4}", "--launcher", "mpirun")
     with Job(directory, *words, where=lambda command: bed.on("n1", command)) as job:
-        for attempt, update in ((1, 20), (2, 60)):
+        for attempt, update in ((1, 20), (2, 40)):
             wait_for(job, directory, attempt, update)
             rank_processes(directory)[1].send_signal(signal.SIGKILL)
         code, output = job.finish()

@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +34,8 @@ from jobs import (
     trajectory,
     weights,
 )
-from support import require_ranks
+from support import require, require_ranks
+from testbed import Testbed, missing_for_testbed
 
 from launch import elastic
 from launch.spec import Host, LaunchSpec
@@ -91,16 +91,11 @@ class ElasticJob:
             controller="gloo",
             interfaces=("lo",),
         )
-        beside = Path(sys.executable).parent
         self.output = run_dir.with_name(f"{run_dir.name}.log").open("a+")
         self.process = subprocess.Popen(
             elastic.arguments(spec, 1, 2, script),
             cwd=run_dir.parent,
-            env={
-                **os.environ,
-                **elastic.variables(1, 2, self.folder),
-                "PATH": f"{beside}{os.pathsep}{os.environ['PATH']}",
-            },
+            env={**os.environ, **elastic.variables(1, 2, self.folder)},
             stdin=subprocess.DEVNULL,
             stdout=self.output,
             stderr=subprocess.STDOUT,
@@ -306,6 +301,40 @@ def test_harness_run_grows_in_place_and_restarts_what_horovod_gives_up(
     assert worlds(place / "run") == [1, 1, 2]
     assert len(events(place / "run", "restart")) == 1
     assert not events(place / "run", "stop")
+
+
+def test_a_host_that_is_switched_off_is_replaced(
+    undisturbed: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over ssh, as users have it: growth to a second host, which is lost; the third steps in."""
+    missing = missing_for_testbed()
+    require(missing is None, str(missing))
+    monkeypatch.chdir(place)  # commands on a host begin there too
+    run_dir = place / "run"
+    settings = (*SETTINGS, "launch={elastic: true, interfaces: [eth0], connect_timeout: 60}")
+    words = ["run", str(CONFIG), *settings, "--hosts", "n1:1,n2:1,n3:1", "--run-dir", str(run_dir)]
+    with (
+        Testbed(3, place) as bed,
+        Job(run_dir, *words, cwd=place, where=lambda command: bed.on("n1", command)) as job,
+    ):
+
+        def wait_until(happened: Callable[[], bool]) -> None:
+            while not happened():
+                assert job.process.poll() is None, job.finish()
+                time.sleep(0.02)
+
+        wait_until(lambda: worlds(run_dir) == [1])
+        (place / "brake").touch()
+        wait_until(lambda: worlds(run_dir) == [1, 2])
+        wait_until(lambda: last_update(run_dir) > last_resumed(run_dir))
+        bed.kill("n2")
+        wait_until(lambda: worlds(run_dir) == [1, 2, 1, 2])
+        (place / "brake").unlink()
+        code, output = job.finish()
+    assert code == 0, output
+    assert_same_training(run_dir, undisturbed)
+    assert (run_dir / "elastic" / "failed").read_text() == "n2\n"
+    assert not events(run_dir, "restart")
 
 
 def test_without_a_slot_to_grow_to_accumulation_goes_on(undisturbed: Path, place: Path) -> None:
