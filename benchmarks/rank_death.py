@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/rank_death.py [--repeats 5] [--ranks 4]
 
 Kills rank 1 with SIGKILL in the middle of training and reads in events.jsonl when `harness run`
-knew of it and when the ranks that it started anew had loaded the checkpoint. Prints a Markdown table
-of medians and ranges.
+knew of it and when the ranks that it started anew had loaded the checkpoint. Prints a Markdown
+table of medians and ranges.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 CONFIG = Path(__file__).parents[1] / "configs" / "adabatch-digits.yaml"
-ALWAYS = ("ranks.threads=1", "train.duration=900ep", "launch.restart_pause=0")
+ALWAYS = ("ranks.threads=1", "batch.micro=16", "train.duration=900ep", "launch.restart_pause=0")
 LAUNCHES = {
     "horovodrun, MPI": ("--launcher", "horovodrun"),
     "horovodrun, Gloo": ("--launcher", "horovodrun", "comm={controller: gloo, compression: none}"),
@@ -48,13 +48,13 @@ def seconds_after_death(options: tuple[str, ...], ranks: int) -> tuple[float, fl
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch).resolve() / "run"
         command = [sys.executable, "-m", "harness", "run", str(CONFIG), *options, *ALWAYS]
+        command += ["--hosts", f"localhost:{ranks}"]
         job = subprocess.Popen(
-            [*command, "--ranks", str(ranks), "--hosts", f"localhost:{ranks}"]
-            + ["--run-dir", str(directory)],
+            [*command, "--ranks", str(ranks), "--run-dir", str(directory)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        while not list((directory / "checkpoints").glob("*.pt")):
+        while not list((directory / "checkpoints").glob("*.pt")) and job.poll() is None:
             time.sleep(0.05)
         victim = rank_1(directory)
         if victim is None or job.poll() is not None:

@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     _add_submit(commands)
+    _add_probe(commands)
 
     status = commands.add_parser("status", help="where a run and its batch jobs are")
     status.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="or a directory of several")
@@ -153,6 +154,30 @@ def _add_submit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     submit.add_argument("--resume", action="store_true", help="go on with the run in DIR")
     submit.add_argument("--dry-run", action="store_true", help="write the scripts and stop")
     submit.set_defaults(run=_submit, sbatch=[])
+
+
+def _add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    probe = commands.add_parser("probe", help="latency and bandwidth of the collectives")
+    probe.add_argument("--ranks", type=int, metavar="N", help="default: one for each slot")
+    probe.add_argument(
+        "--hosts", metavar="A:2,B:2", help="hosts and their slots; default: this one"
+    )
+    probe.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts as MPI has them")
+    probe.add_argument(
+        "--launcher",
+        choices=("horovodrun", "mpirun", "srun"),
+        help="what starts the ranks; default: srun in a Slurm job, else horovodrun",
+    )
+    probe.add_argument(
+        "--max-mb", type=int, metavar="MIB", default=64, help="the largest message (default: 64)"
+    )
+    probe.add_argument(
+        "--seconds", type=float, metavar="S", default=20.0, help="about how long (default: 20)"
+    )
+    probe.add_argument(
+        "-o", "--out", type=Path, metavar="DIR", help="write probe.json and probe.csv there"
+    )
+    probe.set_defaults(run=_probe)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -228,6 +253,22 @@ def _submit(options: argparse.Namespace) -> int:
             probe=options.probe,
             dry_run=options.dry_run,
             resume=options.resume,
+        )
+    )
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from launch.probe import ProbeRequest, probe
+
+    return probe(
+        ProbeRequest(
+            ranks=options.ranks,
+            hosts=options.hosts,
+            hostfile=options.hostfile,
+            launcher=options.launcher,
+            max_mb=options.max_mb,
+            seconds=options.seconds,
+            out=options.out,
         )
     )
 

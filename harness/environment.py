@@ -162,6 +162,11 @@ def communication_settings(comm: Comm) -> dict[str, str]:
     return settings
 
 
+def promised_cores() -> int | None:
+    """Cores that a Slurm job has for each rank; None if it does not say."""
+    return _first(("SLURM_CPUS_PER_TASK",))
+
+
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0))

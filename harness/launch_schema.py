@@ -24,15 +24,22 @@ _SETTLED = {
     "dependency": "the chain of jobs",
     "error": "RUN_DIR/slurm",
     "export": "launch.environment",
+    "help": "sbatch itself",
     "input": "nothing: a job reads no input",
     "job-name": "name",
+    "kill-on-invalid-dep": "the chain of jobs",
+    "no-requeue": "slurm.requeue",
     "nodes": "ranks and ranks.per_node",
     "ntasks": "ranks",
     "ntasks-per-node": "ranks.per_node",
     "open-mode": "append",
     "output": "RUN_DIR/slurm",
     "parsable": "harness submit",
+    "requeue": "slurm.requeue",
     "signal": "slurm.warning and slurm.signal",
+    "test-only": "harness submit --dry-run",
+    "usage": "sbatch itself",
+    "version": "sbatch itself",
     "wait": "harness status",
     "wrap": "harness submit",
 }
@@ -104,6 +111,8 @@ def _sbatch_options(value: object) -> dict[str, str | None]:
                 f"{name} must be text, a whole number, or true for an option without a value, "
                 f"not {shown(content)}"
             )
+        elif content == "":
+            raise ValueError(f"{name} must not be empty; true stands for no value")
         else:
             read[name] = _line(str(content))
     return read

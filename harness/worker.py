@@ -317,7 +317,9 @@ def _set_threads(config: Config) -> None:
         _pin(environment.launched_local_rank(), ranks)
         share = environment.usable_cores()
     else:
-        share = max(1, environment.usable_cores() // ranks)
+        cores = environment.usable_cores()
+        # Where srun binds each rank, its own cores are all that it sees.
+        share = min(cores, environment.promised_cores() or max(1, cores // ranks))
     torch.set_num_threads(config.ranks.threads or share)
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from harness import environment
 from harness.errors import ConfigError, LaunchError
+from harness.launch_schema import Launch
 from harness.records import RunDirectory
-from harness.schema import Config
+from harness.schema import Comm, Config
 from launch import detect, elastic, horovodrun, local, mpirun, srun
 from launch.containers import container_command, container_srun_options
 from launch.hosts import fill, parse_hosts, read_hostfile, slurm_hosts, this_host
@@ -55,10 +55,7 @@ def choose_launcher(asked: Launcher | None, config: Config, hosts: tuple[Host, .
 
     Raises ConfigError if it cannot start such ranks.
     """
-    launcher = asked or config.launch.launcher
-    if launcher is None:
-        in_job = detect.inside_slurm_job(os.environ) and config.comm.controller == "mpi"
-        launcher = _in_job(config) if in_job else "horovodrun"
+    launcher = asked or config.launch.launcher or usual_launcher(config.launch, config.comm)
     if config.comm.controller == "gloo" and launcher not in ("horovodrun", "local"):
         raise ConfigError("comm.controller = gloo needs --launcher horovodrun")
     if launcher == "local":
@@ -68,9 +65,12 @@ def choose_launcher(asked: Launcher | None, config: Config, hosts: tuple[Host, .
     return launcher
 
 
-def _in_job(config: Config) -> Launcher:
-    """srun where it can start MPI's ranks; mpirun needs nothing but Slurm's own daemons."""
-    if config.launch.srun_mpi is None and not detect.srun_starts_mpi():
+def usual_launcher(launch: Launch, comm: Comm) -> Launcher:
+    """horovodrun; in a Slurm job srun where it can start MPI's ranks, else mpirun, which needs
+    nothing but Slurm's own daemons."""
+    if not detect.inside_slurm_job(os.environ) or comm.controller != "mpi":
+        return "horovodrun"
+    if launch.srun_mpi is None and not detect.srun_starts_mpi():
         return "mpirun"
     return "srun"
 
@@ -89,29 +89,38 @@ def _check_local(config: Config, hosts: tuple[Host, ...]) -> None:
 
 
 def build_spec(job: Job, hosts: tuple[Host, ...], ranks: int, resume: bool) -> LaunchSpec:
-    """One launch of so many ranks on these hosts. Asks the machine which MPI it has, if the
-    configuration does not say."""
-    config, launch = job.config, job.config.launch
-    placed, run_dir = fill(ranks, hosts), job.directory.path.resolve()
-    by_mpirun = job.launcher in ("mpirun", "horovodrun") and config.comm.controller == "mpi"
-    mpi = launch.mpi or (detect.installed_mpi() if by_mpirun else "openmpi4")
+    """One launch of so many ranks on these hosts."""
+    config, run_dir = job.config, job.directory.path.resolve()
+    placed = fill(ranks, hosts)
     spec = LaunchSpec(
         ranks=ranks,
         hosts=placed,
         command=tuple(container_command(config, _command(job, resume), run_dir)),
         environment=_variables(job, placed, ranks),
         controller=config.comm.controller,
+        cores_per_rank=config.slurm.cpus_per_rank or config.ranks.threads,
+        srun_options=tuple(container_srun_options(config, run_dir)),
+    )
+    return completed(spec, job.launcher, config.launch)
+
+
+def completed(spec: LaunchSpec, launcher: Launcher, launch: Launch) -> LaunchSpec:
+    """The same with what ``launch`` says, and with what this machine and the launcher need.
+
+    Asks the machine which MPI it has, if ``launch`` does not say. Raises LaunchError.
+    """
+    by_mpirun = launcher in ("mpirun", "horovodrun") and spec.controller == "mpi"
+    mpi = launch.mpi or (detect.installed_mpi() if by_mpirun else "openmpi4")
+    spec = replace(
+        spec,
         interfaces=tuple(launch.interfaces),
         bind=launch.bind,
-        cores_per_rank=config.slurm.cpus_per_rank or config.ranks.threads,
         mpi=mpi,
         mpi_prefix=None if mpi == "mpich" else detect.mpi_programs()[0],
-        srun_options=tuple(container_srun_options(config, run_dir)),
-        srun_mpi=launch.srun_mpi
-        or (detect.available_srun_mpi() if job.launcher == "srun" else "pmix"),
+        srun_mpi=launch.srun_mpi or (detect.available_srun_mpi() if launcher == "srun" else "pmix"),
         as_root=os.geteuid() == 0,
     )
-    settings = MODULES[job.launcher].launcher_settings(spec)
+    settings = MODULES[launcher].launcher_settings(spec)
     # What follows from the configuration beats the user's own variable; a mere default does not.
     own = {
         name: value
@@ -134,14 +143,12 @@ def _variables(job: Job, hosts: tuple[Host, ...], ranks: int) -> dict[str, str]:
     What follows from a host's cores each rank settles by itself: this machine may have others.
     """
     config = job.config
-    share = environment.usable_cores() // max(host.slots for host in hosts)
-    threads = config.ranks.threads or os.environ.get("OMP_NUM_THREADS") or max(1, share)
-    settings = _forwarded(os.environ)
+    settings = inherited(hosts, config.ranks.threads)
     settings |= environment.communication_settings(config.comm)
-    settings["OMP_NUM_THREADS"] = str(threads)
     settings |= config.launch.environment
     settings |= {
-        environment.WORLD_SIZE: str(ranks),
+        # A single process without a launcher has no other ranks to look for.
+        **({} if job.launcher == "local" and ranks == 1 else {environment.WORLD_SIZE: str(ranks)}),
         environment.FAILURE_DIR: str(job.directory.failures.resolve()),
         environment.PROGRESS: "relay",
         environment.GROW: str(job.grow),
@@ -152,7 +159,12 @@ def _variables(job: Job, hosts: tuple[Host, ...], ranks: int) -> dict[str, str]:
     return settings
 
 
-def _forwarded(variables: Mapping[str, str]) -> dict[str, str]:
-    return {
-        name: value for name, value in variables.items() if name.startswith(environment.FORWARDED)
+def inherited(hosts: tuple[Host, ...], threads: int | None) -> dict[str, str]:
+    """What ranks take over from this process: the user's settings of the communication, and threads
+    for each rank, by default an equal share of the cores."""
+    settings = {
+        name: value for name, value in os.environ.items() if name.startswith(environment.FORWARDED)
     }
+    share = environment.usable_cores() // max(host.slots for host in hosts)
+    chosen = threads or os.environ.get("OMP_NUM_THREADS") or max(1, share)
+    return {**settings, "OMP_NUM_THREADS": str(chosen)}

@@ -87,6 +87,9 @@ def _go_on(ending: Ending) -> int:
     wanted = ranks_wanted(RunDirectory(ending.run_dir))
     if mine is not None and mine.kind == "job" and wanted > mine.ranks:
         return _hand_on(ending, wanted)
+    if not ending.was_warned and _is_replaced(ending):
+        ending.note("left to Slurm", "stopped: this job has been started again elsewhere")
+        return StoppedEarly.exit_code
     if not ending.was_warned:
         ending.note("stopped", f"stopped as asked; {_by_hand(ending)}")
         return StoppedEarly.exit_code
@@ -136,6 +139,14 @@ def _queue_again(ending: Ending, slurm: Slurm) -> int:
     ask(["scontrol", "requeue", ending.number])
     signal.sigtimedwait({signal.SIGTERM, signal.SIGINT}, _PATIENCE)
     return StoppedEarly.exit_code
+
+
+def _is_replaced(ending: Ending) -> bool:
+    """Whether this is an attempt that Slurm has lost sight of, as far as can be told."""
+    try:
+        return _own_state(ending).restarts != ending.restarts
+    except LaunchError:
+        return False
 
 
 def _own_state(ending: Ending) -> State:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from harness.errors import StoppedEarly, UsageError
 from harness.records import RunDirectory
 from harness.resume import has_finished, ranks_wanted
+from launch import elastic
 from launch.deaths import Death, first_death, lost_host
 from launch.spec import LaunchSpec
 
@@ -44,11 +45,16 @@ def judge(ended: Ended, spec: LaunchSpec, directory: RunDirectory) -> Outcome:
     words = min(_last_words(directory), key=lambda note: note["rank"], default=None)
     if words is not None:
         return _by_its_words(words, spec, directory)
-    death = first_death(ended.own_words)
+    # Ranks of an elastic world may have survived the first death.
+    survived = elastic.last_death(ended.own_words)
+    death = survived or first_death(ended.own_words)
     if StoppedEarly.exit_code in (ended.exit_code, death and death.exit_code):
         grows = ranks_wanted(directory) > spec.ranks
         return Outcome("grow" if grows else "stopped")
-    host = _host_of(death, lost_host(ended.own_words), spec)
+    if survived is not None:
+        host = survived.host
+    else:
+        host = _host_of(death, lost_host(ended.own_words), spec)
     if death is None:
         said = "\n".join(ended.own_words.strip().splitlines()[-15:])
         gone = f"host {host} was lost: " if host else ""

@@ -29,7 +29,6 @@ from harness.records import (
     JsonlWriter,
     RunDirectory,
     RunLock,
-    check_unlocked,
     furthest,
     now,
 )
@@ -48,6 +47,8 @@ from launch.spec import Host, LaunchSpec
 
 _OTHER_SSH = "OMPI_MCA_plm_rsh_agent"
 """Names what Open MPI calls in place of ssh; the harness does not know how that is asked."""
+_DYING = 10.0  # seconds that ranks of a launch that was killed a moment ago may take to die
+_STOPPING = 120.0  # seconds that an earlier attempt may take to stop with a checkpoint
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def run(request: RunRequest) -> int:
     build_plan(config, train_size(config.data))  # refuses what it can
     directory = RunDirectory(_run_directory(request, config))
     directory.check_usable(request.resume)
-    _wait_for_others(directory, request)
+    _check_alone(directory, _DYING if request.resume else 0.0)
     if request.resume:
         check_same_run(config, directory)
         if has_finished(directory):
@@ -137,7 +138,7 @@ class Supervisor:
         """
         wanted = ranks
         while True:
-            if self._stopper.asked:
+            if self._stop_is_asked():
                 raise StoppedEarly(f"stopped on request before a launch; {self._how_to_go_on()}")
             hosts = self._reachable(first=not resume)
             ranks = min(wanted, sum(host.slots for host in hosts))
@@ -151,10 +152,14 @@ class Supervisor:
             resume = self._directory.config.exists()
             if outcome.kind == "grow":
                 wanted = self._grown()
-            elif outcome.kind == "failed" and not self._stopper.asked:
+            elif outcome.kind == "failed" and not self._stop_is_asked():
                 self._again(outcome, progressed=_newest_checkpoint(self._directory) != before)
             else:
                 self._raise(outcome)
+
+    def _stop_is_asked(self) -> bool:
+        """By a signal or by the file: this job's next attempt writes that, too."""
+        return self._stopper.asked or self._directory.stop_request.exists()
 
     def _reachable(self, first: bool) -> tuple[Host, ...]:
         """The hosts that answer. Before a run's first launch all must."""
@@ -305,23 +310,30 @@ class Supervisor:
         return f"go on with: {shlex.join(words)}"
 
 
-def _wait_for_others(directory: RunDirectory, request: RunRequest) -> None:
-    """Raise RunDirectoryError if ranks of another launch still write there.
+def _check_alone(directory: RunDirectory, patience: float) -> None:
+    """Raise RunDirectoryError if another launch, or ranks of one, are still there after so many
+    seconds."""
+    for name in ("launch.lock", "lock"):
+        if (directory.path / name).exists():
+            lock = RunLock(directory, name)
+            lock.acquire(patience)
+            lock.release()
 
-    Those of a launch that was killed a moment ago need some seconds to die. A job that Slurm has
-    queued again may find ranks on a node that Slurm has lost sight of: they are asked to stop.
+
+def _take_over(directory: RunDirectory) -> None:
+    """Wait until no other launch is there.
+
+    A job that Slurm has queued again may find its earlier attempt alive on a node that Slurm has
+    lost sight of: that is asked to stop.
     """
-    if not request.resume:
-        check_unlocked(directory)
-        return
     try:
-        check_unlocked(directory, patience=10.0)
+        _check_alone(directory, _DYING)
     except RunDirectoryError:
-        if not (request.go_on and detect.inside_slurm_job(os.environ)):
+        if not detect.inside_slurm_job(os.environ):
             raise
-        print("harness: ranks of an earlier attempt still run; asking them to stop", flush=True)
+        print("harness: an earlier attempt still runs; asking it to stop", flush=True)
         directory.stop_request.touch()
-        check_unlocked(directory, patience=120.0)
+        _check_alone(directory, _STOPPING)
 
 
 def _restarts(request: RunRequest, config: Config) -> Restarts:
@@ -340,7 +352,9 @@ def _holds_run(request: RunRequest) -> bool:
         raise LaunchError("--resume and --go-on: leave one of them out")
     if request.run_dir is None:
         raise RunDirectoryError("--go-on needs --run-dir: where the run is, or is to be")
-    return RunDirectory(request.run_dir).config.exists()
+    directory = RunDirectory(request.run_dir)
+    _take_over(directory)  # which may have begun the run
+    return directory.config.exists()
 
 
 def _with_ranks(request: RunRequest, ranks: int) -> RunRequest:

@@ -12,11 +12,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 from support import require_ranks
+from threads import ThreadCommunicator, run_ranks
 
 from harness import environment
 from harness.comm import SoloCommunicator, open_communicator
 from harness.comm.base import device_of_rank
 from harness.comm.rendezvous import HorovodrunChannel, Meeting, meet, meet_through
+from harness.comm.staged import StagedCommunicator
 from harness.comm.topology import Place, Topology
 from harness.errors import LaunchError, RankFailure
 from harness.schema import Comm
@@ -143,6 +145,37 @@ def test_each_rank_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == [torch.device("cuda", index) for index in range(4)]
     with pytest.raises(LaunchError, match="rank 4 of this host has no GPU: 4 are visible"):
         device_of_rank(4, carries_gpus=True)
+
+
+def test_ranks_that_share_gpus_take_them_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = [device_of_rank(rank, carries_gpus=True, sharing=2).index for rank in range(4)]
+    assert found == [0, 0, 1, 1]
+    with pytest.raises(LaunchError, match="start at most 4 ranks on a host"):
+        device_of_rank(4, carries_gpus=True, sharing=2)
+
+
+class Elsewhere(StagedCommunicator):
+    """Takes every tensor for one on a GPU."""
+
+    def _on_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
+
+
+def test_staged_collectives_bring_their_results_back() -> None:
+    def act(comm: ThreadCommunicator) -> tuple[list[float], list[float], str]:
+        staged = Elsewhere(comm)
+        summed = torch.full((3,), float(comm.rank + 1))
+        first = staged.allreduce_async(summed, "a")
+        staged.wait(first)
+        sent = torch.tensor([7.0 if comm.rank == 0 else 0.0])
+        staged.broadcast(sent, "b")
+        assert (staged.rank, staged.size) == (comm.rank, comm.size)
+        return summed.tolist(), sent.tolist(), staged.kind
+
+    for summed, sent, kind in run_ranks(3, act):
+        assert (summed, sent) == ([6.0] * 3, [7.0])
+        assert kind.endswith("-staged")
 
 
 def test_a_gpu_that_the_launcher_chose_is_the_first_one_seen(

@@ -76,6 +76,7 @@ BELOW_THE_LINE = (
     "harness.elastic",
     "harness.trainer",
     "harness.worker",
+    "harness.probe",
 )
 LAUNCH = (
     "launch.bootstrap",
@@ -95,6 +96,7 @@ LAUNCH = (
     "launch.execute",
     "launch.assemble",
     "launch.supervise",
+    "launch.probe",
     "launch.slurm",
     "launch.jobs",
     "launch.graph",

@@ -249,7 +249,18 @@ class EventRow:
 
 
 _ORDINARY = frozenset(
-    {"start", "resume", "stage", "decision", "merged_segment", "autotune", "stop", "end"}
+    {
+        "start",
+        "resume",
+        "stage",
+        "decision",
+        "merged_segment",
+        "not_grown",
+        "regroup",
+        "autotune",
+        "stop",
+        "end",
+    }
 )
 """Kinds of events that are no trouble."""
 
@@ -341,6 +352,10 @@ def _tell_merged(event: Record) -> str:
     return f"Ranks did not grow: {_get(event, 'reason')}"
 
 
+def _tell_regroup(event: Record) -> str:
+    return f"The ranks form another world: {_get(event, 'reason')}"
+
+
 def _tell_stop(event: Record) -> str:
     return f"Stopped: {_get(event, 'reason')}"
 
@@ -370,6 +385,8 @@ _TELL: dict[str, Callable[[Record], str]] = {
     "restart": _tell_reason,
     "host_left_out": _tell_reason,
     "merged_segment": _tell_merged,
+    "not_grown": _tell_merged,
+    "regroup": _tell_regroup,
     "stop": _tell_stop,
     "end": _tell_end,
 }

@@ -17,7 +17,7 @@ from support import ROOT
 
 sys.path.append(str(ROOT / "tests" / "parallel"))
 
-from jobs import CONFIG, attempts, command, events, last_update  # noqa: E402
+from jobs import CONFIG, attempts, command, events, last_update
 
 PATIENCE = 200.0
 """Seconds; machines stall for longer than most of this takes."""
@@ -54,9 +54,7 @@ _OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
 
 def ranks(start: int, most: int) -> str:
     """The setting for so many ranks, one on each node."""
-    return (
-        f"ranks={{start: {start}, max: {most}, per_node: 1, threads: 1, restart_seconds: 0}}"
-    )
+    return f"ranks={{start: {start}, max: {most}, per_node: 1, threads: 1, restart_seconds: 0}}"
 
 
 def until(condition: Callable[[], bool], what: str, slurm: SlurmBed) -> None:
@@ -155,7 +153,7 @@ def recover(run: SlurmRun, fault: Callable[[SlurmRun, str], None], *words: str) 
     would have to do.
     """
     run.brake(0.1)
-    [number] = run.submit(ranks(2, 2), *words)
+    [number] = run.submit(*words)
     run.wait_for_update(7)
     began = time.time()
     fault(run, number)

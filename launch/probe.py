@@ -1,0 +1,187 @@
+"""Starts the ranks that measure the collectives, and tells how that ended."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import environment
+from harness.errors import LaunchError, RankFailure, RunDirectoryError, StoppedEarly, UsageError
+from harness.launch_schema import Launch
+from harness.progress import PlainLines
+from harness.records import RunDirectory
+from harness.schema import Comm
+from launch import detect
+from launch.assemble import (
+    MODULES,
+    Launcher,
+    completed,
+    find_hosts,
+    inherited,
+    usual_launcher,
+)
+from launch.deaths import rank_tag
+from launch.execute import Stopper, execute
+from launch.hosts import fill
+from launch.outcome import judge
+from launch.preflight import Needs, check_hosts, is_local, told
+from launch.spec import Host, LaunchSpec
+
+_LARGEST_MB = 4096  # MPI counts a message's elements in 32 bits
+_LONGEST = 86400.0
+_OTHER_SSH = "OMPI_MCA_plm_rsh_agent"
+_LAUNCH = Launch()
+
+
+@dataclass(frozen=True)
+class ProbeRequest:
+    """What ``harness probe`` was asked for."""
+
+    ranks: int | None = None
+    """None: one for each slot."""
+    hosts: str | None = None
+    hostfile: Path | None = None
+    launcher: Launcher | None = None
+    max_mb: int = 64
+    """MiB of the largest message."""
+    seconds: float = 20.0
+    """About how long to measure."""
+    out: Path | None = None
+    """None: nothing stays."""
+
+
+def probe(request: ProbeRequest) -> int:
+    """Start the ranks, which print what they have measured; returns the exit code.
+
+    Raises UsageError if they cannot be started as asked, RankFailure if one has died, StoppedEarly
+    if it was stopped on request.
+    """
+    _check(request)
+    hosts = find_hosts(request.hosts, request.hostfile)
+    ranks = sum(host.slots for host in hosts) if request.ranks is None else request.ranks
+    placed = fill(ranks, hosts)
+    launcher = request.launcher or usual_launcher(_LAUNCH, Comm())
+    with _directory(request.out, placed) as directory:
+        _check_reachable(launcher, placed, directory)
+        spec = _spec(request, launcher, placed, ranks, directory)
+        with Stopper(directory.stop_request.touch) as stopper:
+            _launch(spec, launcher, directory, stopper)
+    if request.out is not None:
+        print(f"harness: {request.out / 'probe.json'} and {request.out / 'probe.csv'} are written")
+    return 0
+
+
+def _check(request: ProbeRequest) -> None:
+    if request.ranks is not None and request.ranks < 1:
+        raise LaunchError(f"--ranks {request.ranks}: at least 1 rank is needed")
+    if not 1 <= request.max_mb <= _LARGEST_MB:
+        raise LaunchError(f"--max-mb {request.max_mb}: must be from 1 to {_LARGEST_MB} MiB")
+    if not (math.isfinite(request.seconds) and 0 < request.seconds <= _LONGEST):
+        raise LaunchError(f"--seconds {request.seconds:g}: must be above 0, up to {_LONGEST:g}")
+
+
+@contextmanager
+def _directory(out: Path | None, hosts: tuple[Host, ...]) -> Iterator[RunDirectory]:
+    """Where the ranks leave results and last words. What was made for nothing is removed."""
+    made = out is None or not out.exists()
+    path = _scratch(hosts) if out is None else _created(out)
+    directory = RunDirectory(path)
+    keep = out is not None
+    try:
+        directory.failures.mkdir(exist_ok=True)
+        directory.stop_request.unlink(missing_ok=True)
+        yield directory
+    except UsageError:
+        keep = not made
+        raise
+    except RankFailure:
+        keep = keep or any(directory.failures.glob("*.txt"))  # the message names it
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(path, ignore_errors=True)
+        elif directory.failures.is_dir() and not any(directory.failures.iterdir()):
+            directory.failures.rmdir()
+
+
+def _scratch(hosts: tuple[Host, ...]) -> Path:
+    """A temporary directory: here if there are other hosts, which do not see this one's /tmp."""
+    here = None if all(is_local(host.name) for host in hosts) else Path.cwd()
+    try:
+        return Path(tempfile.mkdtemp(prefix=".harness-probe-", dir=here))
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{here or tempfile.gettempdir()}: no directory can be created there: "
+            f"{error.strerror}; name one that all hosts see with -o"
+        ) from None
+
+
+def _created(path: Path) -> Path:
+    if (path / "probe.json").exists():
+        raise RunDirectoryError(f"{path} already holds a probe; choose another directory (-o)")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{path} cannot be created: {error.strerror}; choose another directory (-o)"
+        ) from None
+    return path
+
+
+def _check_reachable(launcher: Launcher, hosts: tuple[Host, ...], directory: RunDirectory) -> None:
+    """Raise LaunchError unless all hosts let ssh in, and have what the ranks need."""
+    if launcher == "srun" or _OTHER_SSH in os.environ:
+        return
+    daemon = detect.mpi_programs()[1]
+    needs = Needs(sys.executable, directory.path.resolve(), (daemon,) if daemon else ())
+    troubles = check_hosts([host.name for host in hosts], needs, _LAUNCH.connect_timeout)
+    if troubles:
+        raise LaunchError(told(troubles))
+
+
+def _spec(
+    request: ProbeRequest,
+    launcher: Launcher,
+    hosts: tuple[Host, ...],
+    ranks: int,
+    directory: RunDirectory,
+) -> LaunchSpec:
+    settings = inherited(hosts, None) | {
+        environment.WORLD_SIZE: str(ranks),
+        environment.FAILURE_DIR: str(directory.failures.resolve()),
+        environment.LAUNCHER: launcher,
+    }
+    if sys.stdout.isatty():  # how wide the table may be
+        settings["COLUMNS"] = str(shutil.get_terminal_size().columns)
+    command = [sys.executable, "-m", "harness.probe", str(directory.path.resolve())]
+    command += ["--max-mb", str(request.max_mb), "--seconds", f"{request.seconds:g}"]
+    return completed(LaunchSpec(ranks, hosts, tuple(command), settings), launcher, _LAUNCH)
+
+
+def _launch(
+    spec: LaunchSpec, launcher: Launcher, directory: RunDirectory, stopper: Stopper
+) -> None:
+    argv = MODULES[launcher].arguments(spec)
+    counted = f"{spec.ranks} rank{'' if spec.ranks == 1 else 's'}"
+    where = ",".join(map(str, spec.hosts))
+    print(f"harness: measuring collectives of {counted} on {where}", flush=True)
+    with directory.launch_log.open("a", encoding="utf-8") as log:
+        log.write(f"$ {shlex.join(argv)}\n")
+        tag = rank_tag(launcher, spec.mpi)
+        ended = execute(argv, spec, PlainLines(), log, stopper, tag)
+    if ended.exit_code == 0 and (directory.path / "probe.json").exists():
+        return
+    outcome = judge(ended, spec, directory)
+    if outcome.kind == "refused":
+        raise UsageError(outcome.message)
+    if outcome.kind == "stopped" or stopper.asked:
+        raise StoppedEarly("stopped on request; nothing was written")
+    raise RankFailure(outcome.message)
