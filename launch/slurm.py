@@ -23,16 +23,6 @@ TEMPLATES = Path(__file__).resolve().parents[1] / "slurm"
 
 Kind = Literal["job", "sweep", "scaling", "probe", "gather"]
 
-# What a script cannot have otherwise than the harness settles it, and where.
-_SETTLED = {
-    "help": "harness submit --help",
-    "kill-on-invalid-dep": "the chain of jobs",
-    "no-requeue": "slurm.requeue",
-    "requeue": "slurm.requeue",
-    "test-only": "harness submit --dry-run",
-    "usage": "harness submit --help",
-    "version": "harness doctor",
-}
 # Options that take no value, or one after a '=' only.
 _ALONE = frozenset(
     {
@@ -51,7 +41,13 @@ _ALONE = frozenset(
         "spread-job",
         "use-min-nodes",
         "verbose",
-        *_SETTLED.keys() - {"kill-on-invalid-dep"},
+        # refused by name, with what settles them
+        "help",
+        "no-requeue",
+        "requeue",
+        "test-only",
+        "usage",
+        "version",
     }
 )
 MAX_POINTS = 1000
@@ -210,9 +206,6 @@ def check_jobs(config: Config, place: Place) -> None:
     for module in config.slurm.modules:
         if module.startswith("-"):
             raise LaunchError(f"slurm.modules: {module} is an option, not a module")
-    for name in config.slurm.options:
-        if name in _SETTLED:
-            raise LaunchError(f"slurm.options.{name}: this is settled by {_SETTLED[name]}")
     if config.launch.launcher == "local" and nodes_for(config, config.ranks.ceiling) > 1:
         raise LaunchError("launch.launcher = local is one node; use srun, mpirun or horovodrun")
     limit = limit_seconds(config.slurm.options.get("time") or config.slurm.time or "0")

@@ -510,8 +510,6 @@ def test_a_report_is_made_of_the_runs_that_have_begun(tmp_path: Path) -> None:
         (("slurm.time=2",), PLACE, "a time limit of 120 s leaves nothing before the warning"),
         (("slurm={time: 60, options: {time: '1:59'}}",), PLACE, "a time limit of 119 s"),
         (("slurm.modules=['-q']",), PLACE, "-q is an option, not a module"),
-        (("slurm.options.requeue=true",), PLACE, "settled by slurm.requeue"),
-        (("slurm.options.test-only=true",), PLACE, "settled by harness submit --dry-run"),
         (
             ("launch.launcher=local", "ranks={start: 2, max: 4, per_node: 2}"),
             PLACE,

@@ -1,0 +1,125 @@
+"""``harness probe`` on real ranks."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import command
+
+pytestmark = [pytest.mark.slow, pytest.mark.parallel(2)]
+
+SHORT = ("probe", "--ranks", "2", "--hosts", "localhost:2", "--max-mb", "1", "--seconds", "1")
+EVERY = {"mpi_alone", "mpi", "horovod", "horovod_fp16", "horovod_broadcast", "torch_gloo"}
+
+
+def probe(*more: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*SHORT, *more),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        env={**os.environ, **variables},
+    )
+
+
+@pytest.mark.parametrize("launcher", ["horovodrun", "mpirun"])
+def test_all_operations_are_measured_on_two_ranks(launcher: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = probe("--launcher", launcher, "-o", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["launch.log", "probe.csv", "probe.json"]
+    found: dict[str, Any] = json.loads((out / "probe.json").read_text(encoding="utf-8"))
+    assert (found["ranks"], found["left_out"]) == (2, {})
+    provenance = found["provenance"]
+    assert provenance["launcher"] == launcher
+    assert provenance["communication"]["kind"] == "horovod-mpi"
+    assert provenance["versions"]["horovod"]
+    assert [host["ranks"] for host in provenance["communication"]["hosts"]] == [[0, 1]]
+    timings = found["timings"]
+    sizes = [4**k for k in range(1, 11)]
+    assert {(t["operation"], t["bytes"]) for t in timings} == {
+        (name, size) for name in EVERY for size in sizes
+    }
+    assert all(len(t["seconds"]) >= 5 and min(t["seconds"]) > 0 for t in timings)
+    for t in timings:  # of two ranks the factor is 1 for either collective
+        assert t["bus_bandwidth"] == pytest.approx(t["bytes"] / t["median"])
+    by_turns = {t["bytes"]: set() for t in timings}  # type: dict[int, set[int]]
+    for t in timings:
+        if t["operation"] != "mpi_alone":
+            by_turns[t["bytes"]].add(len(t["seconds"]))
+    assert all(len(rounds) == 1 for rounds in by_turns.values())
+    with (out / "probe.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["operation"], int(row["bytes"])) for row in rows] == [
+        (t["operation"], t["bytes"]) for t in timings
+    ]
+    assert "bus bandwidth, GB/s" in done.stdout
+    assert "64 KiB" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_nothing_stays_without_a_directory(tmp_path: Path) -> None:
+    scratch = tmp_path / "tmp"
+    scratch.mkdir()
+    before = set(Path.cwd().iterdir())
+    done = probe(TMPDIR=str(scratch))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "median" in done.stdout
+    assert not list(scratch.glob(".harness-probe-*"))
+    assert not list(scratch.glob("*probe*"))
+    assert {path for path in set(Path.cwd().iterdir()) - before if "probe" in path.name} == set()
+
+
+def test_without_horovod_the_message_says_so(tmp_path: Path) -> None:
+    package = tmp_path / "path" / "horovod"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('no Horovod here')\n")
+    out = tmp_path / "out"
+    done = probe("--launcher", "mpirun", "-o", str(out), PYTHONPATH=str(package.parent))
+    assert done.returncode == 2, done.stdout + done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("harness: Horovod cannot be imported (no Horovod here)")
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_it_can_be_stopped(number: signal.Signals, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = [*SHORT[:-1], "200", "--launcher", "mpirun", "-o", str(out)]
+    with subprocess.Popen(
+        command(*words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        while not (out / "launch.log").exists():  # from then on signals are listened to
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=200)
+    assert process.returncode == 75, output
+    assert "nothing was written" in output
+    assert "Traceback" not in output
+    assert not (out / "probe.json").exists()
+
+
+def test_a_rank_without_a_launcher_says_what_to_call(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.probe", tmp_path, "--max-mb", "1", "--seconds", "1"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={k: v for k, v in os.environ.items() if not k.startswith(("HARNESS_", "OMPI_"))},
+    )
+    assert done.returncode == 2, done.stderr
+    assert "call harness probe" in done.stderr
+    assert "Traceback" not in done.stderr
