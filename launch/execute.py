@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from harness.progress import Display, parse_relayed
 from launch.outcome import Ended
 from launch.spec import LaunchSpec
 
+_TIED = str(Path(__file__).with_name("tied.py"))
 _GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 
 
@@ -52,22 +54,22 @@ def execute(
 
 
 def _start(argv: Sequence[str], spec: LaunchSpec) -> subprocess.Popen[str]:
-    try:
-        return subprocess.Popen(
-            argv,
-            env=child_environment(spec),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # so Ctrl-C reaches this process alone, which stops it cleanly
-        )
-    except FileNotFoundError:
+    variables = child_environment(spec)
+    if shutil.which(argv[0], path=variables["PATH"]) is None:
         raise LaunchError(
             f"{argv[0]} is not on PATH; install it (`make setup` in a checkout, or "
             "`python -m launch.bootstrap --horovod-only`), or choose another --launcher"
-        ) from None
+        )
+    return subprocess.Popen(
+        [sys.executable, "-I", _TIED, str(os.getpid()), *argv],
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so Ctrl-C reaches this process alone, which stops it cleanly
+    )
 
 
 def _pump(

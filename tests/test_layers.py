@@ -93,6 +93,7 @@ LAUNCH = (
     "launch.preflight",
     "launch.outcome",
     "launch.restarts",
+    "launch.tied",
     "launch.execute",
     "launch.assemble",
     "launch.supervise",

@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_sizes_rise_to_the_largest_and_are_whole_floats(max_mb: int) -> None:
     assert sizes[0] == 4
     assert sizes[-1] == max_mb * 2**20
     assert all(size % 4 == 0 for size in sizes)
-    assert all(a < b <= 4 * a for a, b in zip(sizes, sizes[1:], strict=False))
+    assert all(a < b <= 4 * a for a, b in pairwise(sizes))
 
 
 @pytest.mark.parametrize(("ranks", "factor"), [(1, 0.0), (2, 1.0), (4, 1.5), (8, 1.75)])
@@ -292,7 +293,7 @@ def test_sizes_are_told_in_the_largest_unit() -> None:
 
 
 class FakeRanks:
-    """Stands for ``execute``: writes what ranks would leave, and keeps what they were started as."""
+    """Stands for ``execute``: writes what ranks would leave, keeps what they were started as."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.spec: LaunchSpec | None = None
@@ -409,7 +410,7 @@ def test_a_directory_that_cannot_be_made_is_refused(ranks: FakeRanks, tmp_path: 
 def test_what_the_ranks_refuse_is_refused(ranks: FakeRanks, tmp_path: Path) -> None:
     ranks.die(2, "Horovod cannot be imported")
     out = tmp_path / "out"
-    with pytest.raises(UsageError, match="^Horovod cannot be imported$"):
+    with pytest.raises(UsageError, match=r"^Horovod cannot be imported$"):
         launching.probe(ProbeRequest(hosts="localhost:2", out=out))
     assert not out.exists()
 

@@ -504,6 +504,20 @@ def test_a_job_that_stays_stopped_says_how_to_go_on(
     assert main(words) == 0
 
 
+def test_an_attempt_that_slurm_has_lost_sight_of_leaves_the_run_to_the_next(
+    slurm: FakeSlurm,
+) -> None:
+    """The next one, elsewhere, has asked it to stop."""
+    submitted()
+    stopped_run(2)
+    slurm.job(101, "RUNNING", restarts=1)
+    code, said = end(restarts=0)
+    assert code == 75
+    assert "started again elsewhere" in said
+    assert "go on with" not in said
+    assert read_list(Path("r")).history[-1]["outcome"] == "left to Slurm"
+
+
 def test_a_requeue_that_is_refused_ends_the_job(slurm: FakeSlurm) -> None:
     submitted()
     stopped_run(2)

@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from jobs import (
     Job,
@@ -63,6 +64,21 @@ def test_ten_kills_under_one_supervisor_change_nothing(tmp_path: Path) -> None:
     # A checkpoint every 7 updates: no more than those since the last one are done again.
     assert all(0 <= event["updates_repeated"] <= 7 for event in resumed)
     assert all(event["start_seconds"] > 0 for event in resumed)
+
+
+def test_ranks_do_not_outlive_their_supervisor(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    for launcher in ("horovodrun", "mpirun"):
+        resume = ["--resume"] if attempts(directory) else []
+        more = ("--launcher", launcher, *resume)
+        words = [*supervised(directory, 2, "train.duration=900ep", *SETTINGS[2:]), *more]
+        with Job(directory, *words) as job:
+            job.wait_for_update(20)
+            ranks = list(job.ranks.values())
+            assert len(ranks) == 2
+            job.process.kill()
+            _, alive = psutil.wait_procs(ranks, timeout=60)
+            assert alive == []
 
 
 DIES = """

@@ -9,15 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import command
+from jobs import command, harness
+from support import require
+from testbed import Testbed, missing_for_testbed
 
 pytestmark = [pytest.mark.slow, pytest.mark.parallel(2)]
 
 SHORT = ("probe", "--ranks", "2", "--hosts", "localhost:2", "--max-mb", "1", "--seconds", "1")
+LINK = 200e6
+"""Bits a second."""
 EVERY = {"mpi_alone", "mpi", "horovod", "horovod_fp16", "horovod_broadcast", "torch_gloo"}
 
 
@@ -71,13 +76,10 @@ def test_all_operations_are_measured_on_two_ranks(launcher: str, tmp_path: Path)
 def test_nothing_stays_without_a_directory(tmp_path: Path) -> None:
     scratch = tmp_path / "tmp"
     scratch.mkdir()
-    before = set(Path.cwd().iterdir())
     done = probe(TMPDIR=str(scratch))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "median" in done.stdout
-    assert not list(scratch.glob(".harness-probe-*"))
     assert not list(scratch.glob("*probe*"))
-    assert {path for path in set(Path.cwd().iterdir()) - before if "probe" in path.name} == set()
 
 
 def test_without_horovod_the_message_says_so(tmp_path: Path) -> None:
@@ -123,3 +125,41 @@ def test_a_rank_without_a_launcher_says_what_to_call(tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert "call harness probe" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Testbed]:
+    missing = missing_for_testbed()
+    require(missing is None, str(missing))
+    with Testbed(2, tmp_path_factory.mktemp("bed"), rate=f"{LINK:.0f}bit") as hosts:
+        yield hosts
+
+
+def between_hosts(bed: Testbed, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """A probe of two hosts, called in a folder that both see."""
+    words = ["n1:1,n2:1" if word == "localhost:2" else word for word in SHORT]
+    return harness(
+        *words, *more, where=lambda command: bed.on("n1", ["env", f"--chdir={folder}", *command])
+    )
+
+
+def test_a_slow_link_between_hosts_carries_no_more_than_its_rate(
+    bed: Testbed, tmp_path: Path
+) -> None:
+    done = between_hosts(bed, tmp_path, "--launcher", "mpirun", "-o", "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out" / "probe.json").read_text(encoding="utf-8"))
+    hosts = [host["host"] for host in found["provenance"]["communication"]["hosts"]]
+    assert hosts == ["n1", "n2"]
+    large = {t["operation"]: t for t in found["timings"] if t["bytes"] == 2**20}
+    assert large.keys() == EVERY
+    for name, timing in large.items():
+        carried = timing["bus_bandwidth"] / (2 if name == "horovod_fp16" else 1)
+        assert carried < 1.5 * LINK / 8, name  # the link lets a quarter of a message pass at once
+
+
+def test_other_hosts_see_the_directory_that_nobody_named(bed: Testbed, tmp_path: Path) -> None:
+    done = between_hosts(bed, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks on 2 hosts" in done.stdout
+    assert list(tmp_path.iterdir()) == []

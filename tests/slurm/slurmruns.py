@@ -57,6 +57,13 @@ def ranks(start: int, most: int) -> str:
     return f"ranks={{start: {start}, max: {most}, per_node: 1, threads: 1, restart_seconds: 0}}"
 
 
+def call(slurm: SlurmBed, *words: str) -> str:
+    """What a command prints where users log in; it must succeed."""
+    done = slurm.run(words)
+    assert done.returncode == 0, f"{words}: {done.stderr}"
+    return done.stdout
+
+
 def until(condition: Callable[[], bool], what: str, slurm: SlurmBed) -> None:
     """Wait for it. Raises TimeoutError, with the ends of the logs."""
     deadline = time.monotonic() + PATIENCE
@@ -135,6 +142,10 @@ class SlurmRun:
             assert job["JobState"] == "COMPLETED", f"{job}\n{self.output()}"
 
 
+Fault = Callable[[SlurmRun, str], None]
+"""Gets the run and the number of its job; returns once that is done which a user has to do."""
+
+
 @dataclass(frozen=True)
 class Recovery:
     """How a run came back from a fault."""
@@ -142,18 +153,17 @@ class Recovery:
     seconds: float
     """From the fault until training went on."""
     updates_repeated: int
-    resumes: int
-    """Attempts after the first."""
+    attempts: int
+    first_job: str
+    """Its number."""
+    outcome: str
+    """Which job has brought the run to its end."""
 
 
-def recover(run: SlurmRun, fault: Callable[[SlurmRun, str], None], *words: str) -> Recovery:
-    """Submit a run on two nodes, disturb it after some updates, and see it through to its end.
-
-    ``fault`` gets the run and the number of its job, and returns once that is done which a user
-    would have to do.
-    """
+def recover(run: SlurmRun, fault: Fault) -> Recovery:
+    """Submit a run, disturb it after some updates, and see it through to its end."""
     run.brake(0.1)
-    [number] = run.submit(*words)
+    [number] = run.submit(*FAULTS[fault])
     run.wait_for_update(7)
     began = time.time()
     fault(run, number)
@@ -163,7 +173,15 @@ def recover(run: SlurmRun, fault: Callable[[SlurmRun, str], None], *words: str) 
     resumes = events(run.path, "resume")
     again = datetime.fromisoformat(resumes[0]["time"]).timestamp()
     repeated = sum(event["updates_repeated"] for event in resumes)
-    return Recovery(again - began, repeated, len(resumes))
+    last = run.jobs()["jobs"][-1]["id"]
+    outcome = "done by the same job" if last == number else "done by a new job"
+    return Recovery(again - began, repeated, 1 + len(resumes), number, outcome)
+
+
+def mend(slurm: SlurmBed) -> None:
+    """Bring back the nodes that a fault has taken."""
+    for node in call(slurm, "sinfo", "-h", "-N", "-p", "box", "-t", "down", "-o", "%N").split():
+        slurm.start_slurmd(node)
 
 
 # Faults
@@ -171,19 +189,19 @@ def recover(run: SlurmRun, fault: Callable[[SlurmRun, str], None], *words: str) 
 
 def cancelled(run: SlurmRun, number: str) -> None:
     """scancel, and on by hand."""
-    run.slurm.command("scancel", number)
+    call(run.slurm, "scancel", number)
     run.slurm.wait(number, ["CANCELLED"], PATIENCE)
     run.resume()
 
 
 def warned(run: SlurmRun, number: str) -> None:
     """The warning that comes before the time limit."""
-    run.slurm.command("scancel", "--batch", "--signal=USR2", number)
+    call(run.slurm, "scancel", "--batch", "--signal=USR2", number)
 
 
 def requeued(run: SlurmRun, number: str) -> None:
     """scontrol requeue by a user."""
-    run.slurm.command("scontrol", "requeue", number)
+    call(run.slurm, "scontrol", "requeue", number)
 
 
 def preempted(run: SlurmRun, number: str) -> None:
@@ -192,14 +210,25 @@ def preempted(run: SlurmRun, number: str) -> None:
 
 
 def slurmd_killed(run: SlurmRun, number: str) -> None:
-    """The batch host falls silent, but the ranks on it live on."""
+    """The run's only node falls silent, but its rank lives on."""
     run.brake(1.0)  # so that the run does not end before it is missed
     run.slurm.kill_slurmd(run.slurm.job(number)["BatchHost"])
 
 
 def switched_off(run: SlurmRun, number: str) -> None:
-    """The other node loses its power."""
+    """One of two nodes loses its power."""
     run.brake(1.0)
-    first = run.slurm.job(number)["BatchHost"]
-    [other] = [node for node in run.nodes(number) if node != first]
-    run.slurm.power_off(other)
+    job = run.slurm.job(number)
+    nodes = call(run.slurm, "scontrol", "show", "hostnames", job["NodeList"]).split()
+    run.slurm.power_off(next(node for node in nodes if node != job["BatchHost"]))
+
+
+FAULTS: dict[Fault, tuple[str, ...]] = {
+    cancelled: (ranks(2, 2),),
+    warned: (ranks(2, 2),),
+    requeued: (ranks(2, 2),),
+    preempted: (ranks(2, 2), "--partition=spare"),
+    slurmd_killed: (ranks(1, 1),),
+    switched_off: (ranks(2, 2),),
+}
+"""Each with the settings of the run that it strikes."""
