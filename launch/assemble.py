@@ -130,6 +130,19 @@ def completed(spec: LaunchSpec, launcher: Launcher, launch: Launch) -> LaunchSpe
     return replace(spec, environment={**own, **spec.environment})
 
 
+def command_line(job: Job, spec: LaunchSpec) -> tuple[LaunchSpec, list[str]]:
+    """The launcher's words for a launch; with ``launch.elastic`` as a world of ranks that may come
+    and go, up to what the run may grow to, which has other variables too."""
+    if not job.config.launch.elastic:
+        return spec, MODULES[job.launcher].arguments(spec)
+    folder = job.directory.path.resolve() / "elastic"
+    most = max(job.grow, spec.ranks)
+    variables = {**spec.environment, **elastic.variables(1, most, folder)}
+    del variables[environment.WORLD_SIZE]
+    spec = replace(spec, environment=variables)
+    return spec, elastic.arguments(spec, 1, most, folder / elastic.SCRIPT)
+
+
 def _command(job: Job, resume: bool) -> tuple[str, ...]:
     python = job.config.launch.python or sys.executable
     command = [python, "-m", "harness", "train", str(job.config_path.resolve())]
@@ -153,6 +166,7 @@ def _variables(job: Job, hosts: tuple[Host, ...], ranks: int) -> dict[str, str]:
         environment.PROGRESS: "relay",
         environment.GROW: str(job.grow),
         environment.LAUNCHER: job.launcher,
+        environment.LAUNCHED_AT: "",  # known when they are
         environment.RANKS_PER_GPU: str(config.launch.ranks_per_gpu),
         environment.MPS: str(int(config.launch.mps)),
     }

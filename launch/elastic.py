@@ -29,6 +29,7 @@ from harness.schema import Config
 from launch.deaths import Death
 from launch.spec import Host, LaunchSpec
 
+SCRIPT = "discover.sh"
 _COOLDOWN = (10, 600)
 _END = re.compile(r"Process name: (?P<host>\S+)\[\d+\]\s+Exit code: (?P<code>\d+)")
 _LAST_SIGNAL = 64
@@ -149,7 +150,7 @@ def write_discovery(folder: Path, hosts: Sequence[Host], ranks: int) -> Path:
     set_lost(folder, ())
     write_atomic(folder / "failed", b"")
     write_atomic(folder / "wanted", f"{ranks}\n".encode())
-    script = folder / "discover.sh"
+    script = folder / SCRIPT
     write_atomic(script, script_text(folder).encode())
     script.chmod(0o755)
     _write_ssh(folder / "bin")

@@ -312,10 +312,17 @@ def render(config: Config, job: BatchJob, place: Place) -> str:
         modules=config.slurm.modules,
         setup=setup and str(place.directory / Path(setup).expanduser()),
         settings=[f"{name}={value}" for name, value in config.launch.environment.items()],
-        launcher=config.launch.launcher or "srun",
+        launcher=_launcher(config),
         signal=config.slurm.signal,
     )
     return text.rstrip() + "\n"
+
+
+def _launcher(config: Config) -> str | None:
+    """What a job must start its ranks with; None: what fits the node that it runs on."""
+    container = config.slurm.container
+    needs_srun = container is not None and container.runtime == "pyxis"
+    return "srun" if needs_srun else config.launch.launcher
 
 
 def sbatch_command(job: BatchJob, script: str, after: Sequence[str]) -> list[str]:

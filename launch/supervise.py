@@ -36,7 +36,7 @@ from harness.resume import check_same_run, has_finished, ranks_of_late, ranks_wa
 from harness.schedule.plan import build_plan
 from harness.schema import Config
 from launch import detect, elastic
-from launch.assemble import MODULES, Job, Launcher, build_spec, choose_launcher, find_hosts
+from launch.assemble import Job, Launcher, build_spec, choose_launcher, command_line, find_hosts
 from launch.deaths import rank_tag
 from launch.execute import Stopper, execute
 from launch.hosts import check_slots
@@ -105,8 +105,9 @@ def run(request: RunRequest) -> int:
     )
     spec = build_spec(job, hosts, ranks, request.resume)
     if request.dry_run:
+        spec, argv = command_line(job, spec)
         settings = [f"{name}={value}" for name, value in sorted(spec.environment.items())]
-        print(shlex.join(["env", *settings, *MODULES[launcher].arguments(spec)]))
+        print(shlex.join(["env", *settings, *argv]))
         return 0
     created = _create(directory)
     try:
@@ -197,32 +198,23 @@ class Supervisor:
     def _launch(self, spec: LaunchSpec) -> Outcome:
         for old in self._directory.failures.glob("rank-*.json"):
             old.unlink(missing_ok=True)
-        config, launcher = self._job.config, self._job.launcher
         stamp = {environment.LAUNCHED_AT: f"{time.time():.3f}"}
-        spec = replace(spec, environment={**spec.environment, **stamp})
-        if config.launch.elastic:
-            spec, argv = self._elastic(spec)
-        else:
-            argv = MODULES[launcher].arguments(spec)
+        spec, argv = command_line(
+            self._job, replace(spec, environment={**spec.environment, **stamp})
+        )
+        if self._job.config.launch.elastic:
+            folder = self._directory.path.resolve() / "elastic"
+            elastic.write_discovery(folder, self._hosts, spec.ranks)
         display = local_display()
         try:
             with self._directory.launch_log.open("a", encoding="utf-8") as log:
                 log.write(f"$ {shlex.join(argv)}\n")
                 ended = execute(
-                    argv, spec, display, log, self._stopper, rank_tag(launcher, spec.mpi)
+                    argv, spec, display, log, self._stopper, rank_tag(self._job.launcher, spec.mpi)
                 )
         finally:
             display.close()
         return judge(ended, spec, self._directory)
-
-    def _elastic(self, spec: LaunchSpec) -> tuple[LaunchSpec, list[str]]:
-        """The same as a world of ranks that may come and go, up to what the run may grow to."""
-        folder = self._directory.path.resolve() / "elastic"
-        script = elastic.write_discovery(folder, self._hosts, spec.ranks)
-        most = max(self._job.grow, spec.ranks)
-        variables = {**spec.environment, **elastic.variables(1, most, folder)}
-        del variables[environment.WORLD_SIZE]
-        return replace(spec, environment=variables), elastic.arguments(spec, 1, most, script)
 
     def _grown(self) -> int:
         """The ranks that the run goes on with; raises StoppedEarly if they are not to be had."""

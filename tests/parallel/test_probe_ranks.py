@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from jobs import command, harness
 from support import require
@@ -110,6 +111,36 @@ def test_it_can_be_stopped(number: signal.Signals, tmp_path: Path) -> None:
     assert process.returncode == 75, output
     assert "nothing was written" in output
     assert "Traceback" not in output
+    assert not (out / "probe.json").exists()
+
+
+def rank_1(out: Path) -> psutil.Process | None:
+    """The process of rank 1 of the probe with its results in ``out``."""
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+            if "harness.probe" in words and str(out.resolve()) in words and "python" in words[0]:
+                if process.environ().get("OMPI_COMM_WORLD_RANK") == "1":
+                    return process
+        except psutil.Error:
+            continue
+    return None
+
+
+def test_a_dead_rank_ends_it_and_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = [*SHORT[:-1], "200", "--launcher", "mpirun", "-o", str(out)]
+    with subprocess.Popen(
+        command(*words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        while (victim := rank_1(out)) is None:
+            assert process.poll() is None
+            time.sleep(0.05)
+        victim.kill()
+        output, _ = process.communicate(timeout=200)
+    assert process.returncode == 1, output
+    assert output.strip().splitlines()[-1].startswith("harness: rank 1 on ")
+    assert "SIGKILL" in output
     assert not (out / "probe.json").exists()
 
 

@@ -198,6 +198,15 @@ def test_a_sweep_and_a_scaling_series_end_in_one_report_each(
     assert identical(weights(points[0]), weights(points[1]))
 
 
+def test_ranks_without_mpi_are_started_over_ssh(
+    cluster: SlurmBed, alone: Path, tmp_path: Path
+) -> None:
+    run = SlurmRun(cluster, tmp_path)
+    run.finish(*run.submit(ranks(2, 2), "comm.controller=gloo"))
+    assert used(run.path) == [2]
+    assert identical(weights(run.path), weights(alone))
+
+
 HOSTILE = 'it\'s "a" $(touch canary) `touch canary`; touch canary & %j #'
 
 
