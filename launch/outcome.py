@@ -58,8 +58,9 @@ def judge(ended: Ended, spec: LaunchSpec, directory: RunDirectory) -> Outcome:
     if death is None:
         said = "\n".join(ended.own_words.strip().splitlines()[-15:])
         gone = f"host {host} was lost: " if host else ""
-        message = f"{gone}the launcher ended with exit code {ended.exit_code}\n{said}".rstrip()
-        return Outcome("failed", message, host=host)
+        early = " before the run's end" if ended.exit_code == 0 else ""
+        message = f"{gone}the launcher ended with exit code {ended.exit_code}{early}\n{said}"
+        return Outcome("failed", message.rstrip(), host=host, final=not directory.config.exists())
     return Outcome("failed", f"{_cause(death, host)}, and the job was ended", death.rank, host)
 
 
@@ -83,7 +84,9 @@ def _by_its_words(note: dict[str, Any], spec: LaunchSpec, directory: RunDirector
         trace.write_text(note["traceback"], encoding="utf-8")
         message += f" (traceback in {trace})"
     host = spec.host_of(note["rank"])
-    return Outcome("failed", message, note["rank"], host, final=note.get("final", False))
+    # What keeps a run from beginning is nothing that passes by itself.
+    final = note.get("final", False) or not directory.config.exists()
+    return Outcome("failed", message, note["rank"], host, final)
 
 
 def _host_of(death: Death | None, lost: str | None, spec: LaunchSpec) -> str | None:

@@ -298,6 +298,8 @@ class Supervisor:
 
     def _how_to_go_on(self) -> str:
         path = self._directory.path
+        if not self._directory.config.exists():
+            return "no update was done"
         words = ["harness", "run", str(self._directory.config), "--run-dir", str(path), "--resume"]
         return f"go on with: {shlex.join(words)}"
 

@@ -69,7 +69,9 @@ def test_the_lowest_rank_that_failed_by_itself_has_the_last_word(directory: RunD
     outcome = judge(Ended(1, KILLED), SPEC, directory)
     assert outcome.message == "rank 2 on somewhere: message of 2"
     assert (outcome.kind, outcome.rank, outcome.host) == ("failed", 2, "n2")
-    assert not outcome.final
+    assert outcome.final  # no run has begun
+    directory.config.touch()
+    assert not judge(Ended(1, KILLED), SPEC, directory).final
 
 
 def test_what_the_run_itself_has_done_is_final(directory: RunDirectory) -> None:

@@ -129,6 +129,12 @@ def meet(patience: float) -> Meeting:
     )
 
 
+def _remedy(error: Exception) -> str:
+    if "EADDRINUSE" in str(error):
+        return "; another process has this port: set another MASTER_PORT, or none"
+    return ""
+
+
 def _meet_at_master(patience: float) -> Meeting:
     rank, size = environment.launched_rank(), environment.launched_world_size()
     if size is None:
@@ -142,7 +148,7 @@ def _meet_at_master(patience: float) -> Meeting:
     except dist.DistError as error:
         raise RankFailure(
             f"the {size} ranks have not met at MASTER_ADDR = {os.environ['MASTER_ADDR']}, "
-            f"MASTER_PORT = {os.environ['MASTER_PORT']}: {_first_line(error)}"
+            f"MASTER_PORT = {os.environ['MASTER_PORT']}: {_first_line(error)}{_remedy(error)}"
         ) from None
     _wait_for_all(store, rank, size, patience)
     return Meeting(store, rank, size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -133,6 +134,19 @@ def test_what_would_end_in_the_same_way_is_not_started_again(tmp_path: Path) -> 
     assert "lower lr.base" in done.stderr
     assert attempts(directory) == 1
     assert events(directory, "restart") == []
+
+
+def test_a_port_in_use_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "run"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
+        words = supervised(directory, 2, "comm.backend=torch", *SETTINGS)
+        done = harness(*words, "--launcher", "mpirun")
+    assert done.returncode == 1
+    assert "set another MASTER_PORT" in done.stderr
+    assert "restart" not in done.stderr
+    assert rank_processes(directory) == {}
 
 
 def test_no_more_restarts_than_are_allowed(tmp_path: Path) -> None:

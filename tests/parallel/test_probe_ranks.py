@@ -118,12 +118,12 @@ def rank_1(out: Path) -> psutil.Process | None:
     """The process of rank 1 of the probe with its results in ``out``."""
     for process in psutil.process_iter():
         try:
-            words = process.cmdline()
-            if "harness.probe" in words and str(out.resolve()) in words and "python" in words[0]:
-                if process.environ().get("OMPI_COMM_WORLD_RANK") == "1":
-                    return process
+            words, variables = process.cmdline(), process.environ()
         except psutil.Error:
             continue
+        ours = "harness.probe" in words and str(out.resolve()) in words and "python" in words[0]
+        if ours and variables.get("OMPI_COMM_WORLD_RANK") == "1":
+            return process
     return None
 
 
