@@ -181,6 +181,7 @@ def _run(
                 journal.event("autotune", trainer.clock.updates, **tuned.as_dict())
             if membership is not None and membership.reason is not None:
                 journal.event("regroup", trainer.clock.updates, reason=membership.reason)
+                display.say(f"harness: {membership.reason}: going on with {comm.size} ranks")
         if tuned is None:
             _check_compression(config, model, comm, trainer.clock.updates, journal, display)
         return trainer.run()

@@ -132,11 +132,21 @@ def build_graph(
         job = BatchJob("probe", "probe", ranks, nodes_for(config, ranks))
         graph = Graph("probe", config, place, [job])
     else:
+        config = _always_growing(config)
         graph = Graph("run", config, place, _chain(request, config, plan, place))
     graph.files[place.own / "config.yaml"] = dump_config(config)
     for job in graph.jobs:
         graph.files[graph.script(job)] = render(config, job, place)
     return graph
+
+
+def _always_growing(config: Config) -> Config:
+    """A job of a chain ends where the plan says so: its own start is not what the next one's costs,
+    which waits in the queue, and nodes that are allocated are there to be used."""
+    if config.ranks.restart_seconds is not None:
+        return config
+    ranks = config.ranks.model_copy(update={"restart_seconds": 0.0})
+    return config.model_copy(update={"ranks": ranks})
 
 
 def _chain(request: SubmitRequest, config: Config, plan: Plan, place: Place) -> list[BatchJob]:

@@ -41,8 +41,13 @@ class Ending:
 
     @property
     def was_warned(self) -> bool:
-        """Whether Slurm, and not a user, has made the run stop."""
-        return (self.run_dir / "slurm" / f"warned-{self.number}").exists()
+        """Whether Slurm, and not a user, has made the run stop.
+
+        Preemption may reach the ranks alone, by SIGTERM, and leave no mark. A user's request does
+        not: it is the file ``stop``.
+        """
+        marked = (self.run_dir / "slurm" / f"warned-{self.number}").exists()
+        return marked or not RunDirectory(self.run_dir).stop_request.exists()
 
     def note(self, outcome: str, reason: str, ranks: int | None = None) -> None:
         """Say it, and add it to the list of jobs."""
@@ -84,10 +89,13 @@ def _go_on(ending: Ending) -> int:
     slurm = load_config(ending.run_dir / "slurm" / "config.yaml").slurm
     with list_lock(ending.base):  # its jobs may still be being submitted
         mine = read_list(ending.base).find(ending.number)
-    wanted = ranks_wanted(RunDirectory(ending.run_dir))
+    run = RunDirectory(ending.run_dir)
+    wanted = ranks_wanted(run)
+    if ending.was_warned:
+        run.stop_request.unlink(missing_ok=True)  # it was this job's supervisor that wrote it
     if mine is not None and mine.kind == "job" and wanted > mine.ranks:
         return _hand_on(ending, wanted)
-    if not ending.was_warned and _is_replaced(ending):
+    if _is_replaced(ending):
         ending.note("left to Slurm", "stopped: this job has been started again elsewhere")
         return StoppedEarly.exit_code
     if not ending.was_warned:

@@ -16,6 +16,7 @@ from harness.launch_schema import Slurm
 from harness.schedule.plan import Plan
 from harness.schema import Config
 from harness.yamlfile import one_line
+from launch import elastic
 from launch.containers import check_container
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "slurm"
@@ -208,6 +209,7 @@ def check_jobs(config: Config, place: Place) -> None:
             raise LaunchError(f"slurm.modules: {module} is an option, not a module")
     if config.launch.launcher == "local" and nodes_for(config, config.ranks.ceiling) > 1:
         raise LaunchError("launch.launcher = local is one node; use srun, mpirun or horovodrun")
+    _check_launch(config)
     limit = limit_seconds(config.slurm.options.get("time") or config.slurm.time or "0")
     if limit is not None and limit <= config.slurm.warning:
         raise LaunchError(
@@ -215,6 +217,18 @@ def check_jobs(config: Config, place: Place) -> None:
             f"{config.slurm.warning} s earlier; set a larger slurm.time, or less slurm.warning"
         )
     check_container(config, place.run_dir)
+
+
+def _check_launch(config: Config) -> None:
+    """What the ranks' launcher would refuse inside the job."""
+    launcher = config.launch.launcher
+    if config.comm.controller == "gloo" and launcher not in ("horovodrun", "local"):
+        raise LaunchError(
+            "comm.controller = gloo needs launch.launcher=horovodrun, which reaches the nodes of a "
+            "job over ssh; or use comm.controller=mpi"
+        )
+    if config.launch.elastic:
+        elastic.check(config, launcher or "srun")
 
 
 def limit_seconds(text: str) -> int | None:

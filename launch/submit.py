@@ -58,12 +58,17 @@ def submit(request: SubmitRequest) -> int:
     if not _check_directory(directory, config, request):
         print(f"harness: the run in {directory.path} has finished already")
         return 0
+    setup = config.slurm.setup
+    if setup is not None and not Path(setup).exists():
+        raise LaunchError(f"slurm.setup = {setup}: there is no such file")
     place = Place(directory.path, Path.cwd(), sys.executable)
     graph = build_graph(request, overrides, config, plan, place)
     created = not directory.path.exists()
     with _writing(directory):
         _check_directory(directory, config, request)  # again, now that nobody else can submit here
         _write(graph)
+        if request.resume and not request.dry_run:
+            directory.stop_request.unlink(missing_ok=True)
         if request.dry_run:
             _print_graph(graph, {})
             _print_commands(graph)

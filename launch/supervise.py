@@ -130,6 +130,8 @@ class Supervisor:
         self._directory = job.directory
         self._hosts = job.hosts
         """Those that have not been left out."""
+        self._untold: list[dict[str, Any]] = []
+        """Events from before the run's directory had records."""
 
     def run(self, ranks: int, resume: bool) -> None:
         """Return when the run has finished.
@@ -273,25 +275,20 @@ class Supervisor:
         self._record(kind, text, **fields)
 
     def _record(self, kind: str, reason: str, **fields: Any) -> None:
-        """Append an event, once no rank writes any more; nothing before a run has begun."""
+        """Append an event, once no rank writes any more and the run has begun."""
+        event = {"kind": kind, "time": now(), "reason": reason, **fields}
+        self._untold.append(event)
         if not self._directory.config.exists():
-            return
+            return  # told once the run has begun
         lock = RunLock(self._directory)
         lock.acquire(patience=30.0)
         try:
             events = JsonlWriter(self._directory.events)
             events.end_line()
             update, samples = furthest(self._directory)
-            events.append(
-                {
-                    "kind": kind,
-                    "update": update,
-                    "time": now(),
-                    "samples_seen": samples,
-                    "reason": reason,
-                    **fields,
-                }
-            )
+            for event in self._untold:
+                events.append({**event, "update": update, "samples_seen": samples})
+            self._untold.clear()
             events.close()
         finally:
             lock.release()
@@ -300,6 +297,8 @@ class Supervisor:
         path = self._directory.path
         if not self._directory.config.exists():
             return "no update was done"
+        if detect.inside_slurm_job(os.environ):
+            return "harness status says what comes next"
         words = ["harness", "run", str(self._directory.config), "--run-dir", str(path), "--resume"]
         return f"go on with: {shlex.join(words)}"
 
@@ -347,6 +346,10 @@ def _holds_run(request: RunRequest) -> bool:
     if request.run_dir is None:
         raise RunDirectoryError("--go-on needs --run-dir: where the run is, or is to be")
     directory = RunDirectory(request.run_dir)
+    if directory.stop_request.exists():
+        raise StoppedEarly(
+            f"{directory.stop_request} asks this run to stay stopped; remove that file to go on"
+        )
     _take_over(directory)  # which may have begun the run
     return directory.config.exists()
 

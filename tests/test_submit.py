@@ -346,7 +346,7 @@ def test_a_run_can_go_on_with_other_ranks(slurm: FakeSlurm) -> None:
     words = ["submit", "r/slurm/config.yaml", "--run-dir", "r", "--resume", "--ranks", "3"]
     assert main(words) == 0
     assert [(one.ranks, one.nodes) for one in read_list(Path("r")).jobs] == [(3, 2)]
-    assert "--launcher srun --ranks 3 &" in Path("r/slurm/job-0.sbatch").read_text()
+    assert "--go-on --ranks 3 &" in Path("r/slurm/job-0.sbatch").read_text()
 
 
 def test_another_configuration_does_not_go_on(
@@ -460,6 +460,27 @@ def test_a_job_that_was_warned_while_it_started_is_queued_again(slurm: FakeSlurm
     assert slurm.calls("scontrol")[-1] == ["scontrol", "requeue", "101"]
 
 
+def test_a_preemption_that_reached_the_ranks_alone_is_queued_again(slurm: FakeSlurm) -> None:
+    """By default Slurm sends its SIGTERM to the job's steps, and not to the script."""
+    submitted()
+    stopped_run(2)
+    slurm.job(101, "RUNNING")
+    assert end()[0] == 75
+    assert slurm.calls("scontrol")[-1] == ["scontrol", "requeue", "101"]
+
+
+def test_a_request_to_stop_holds_until_the_run_is_submitted_again(slurm: FakeSlurm) -> None:
+    submitted()
+    stopped_run(2)
+    stop = Path("r/stop")
+    stop.touch()
+    assert main(["run", "r/slurm/config.yaml", "--run-dir", "r", "--go-on"]) == 75
+    assert stop.exists()
+    slurm.job(101, "FAILED")
+    assert main(["submit", "r/slurm/config.yaml", "--run-dir", "r", "--resume"]) == 0
+    assert not stop.exists()
+
+
 @pytest.mark.parametrize(
     ("state", "restarts"),
     [("CANCELLED", 0), ("PENDING", 1), ("RUNNING", 1), ("COMPLETING", 0), ("PREEMPTED", 0)],
@@ -474,7 +495,7 @@ def test_a_job_that_slurm_has_done_with_is_not_queued_again(
     slurm.job(101, state, restarts)
     code, said = end()
     assert code == 75
-    assert state in said
+    assert (state if restarts == 0 else "started again elsewhere") in said
     assert not [call for call in slurm.calls("scontrol") if call[1] == "requeue"]
 
 
@@ -493,6 +514,8 @@ def test_a_job_that_stays_stopped_says_how_to_go_on(
     stopped_run(2)
     if warned:
         warn()
+    else:
+        Path("r/stop").touch()
     slurm.job(101, "RUNNING", restarts)
     code, said = end(restarts=restarts)
     assert code == 75

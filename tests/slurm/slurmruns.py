@@ -169,11 +169,11 @@ def recover(run: SlurmRun, fault: Fault) -> Recovery:
     fault(run, number)
     until(lambda: attempts(run.path) >= 2, "going on", run.slurm)
     run.release()
-    run.finish(run.jobs()["jobs"][-1]["id"])
+    last = run.jobs()["jobs"][-1]["id"]
+    run.finish(last)
     resumes = events(run.path, "resume")
     again = datetime.fromisoformat(resumes[0]["time"]).timestamp()
     repeated = sum(event["updates_repeated"] for event in resumes)
-    last = run.jobs()["jobs"][-1]["id"]
     outcome = "done by the same job" if last == number else "done by a new job"
     return Recovery(again - began, repeated, 1 + len(resumes), number, outcome)
 
@@ -224,9 +224,9 @@ def switched_off(run: SlurmRun, number: str) -> None:
 
 
 FAULTS: dict[Fault, tuple[str, ...]] = {
-    cancelled: (ranks(2, 2),),
+    cancelled: (ranks(1, 1),),
     warned: (ranks(2, 2),),
-    requeued: (ranks(2, 2),),
+    requeued: (ranks(1, 1),),
     preempted: (ranks(2, 2), "--partition=spare"),
     slurmd_killed: (ranks(1, 1),),
     switched_off: (ranks(2, 2),),
