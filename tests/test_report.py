@@ -469,7 +469,7 @@ def test_the_answer_stands_first_and_in_sentences(run_dir: Path) -> None:
         f"would have needed {numbers['updates_at_initial_batch']:,.0f}",
         "10th to 90th percentile",
         "left out as warm-up",
-        "on 1 to 2 ranks, with 1 restart, each within about",
+        "on 1 to 2 ranks, with 1 restart; the ranks trained again after",
         "7 updates had to be repeated",
         "1 training image and 1 test image could not be read and were left out.",
     ):

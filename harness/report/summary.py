@@ -413,10 +413,10 @@ def _restarts(numbers: Summary) -> str:
         return "and whether it was restarted is not known"
     text = "without a restart" if not restarts else f"with {plural(restarts, 'restart')}"
     if continued:
-        text += f" and {plural(continued, 'planned continuation')}"
+        text += f" and with {plural(continued, 'planned continuation')}"
     pause, repeated = numbers.of("seconds_to_resume"), numbers.of("updates_repeated")
     if pause is not None:
-        text += f", each within about {duration(pause)} of the end before it"
+        text += f"; the ranks trained again after {duration(pause)}"
     if repeated:
         text += f"; {plural(repeated, 'update')} had to be repeated"
     return text
