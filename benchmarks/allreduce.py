@@ -159,6 +159,7 @@ def launch(ranks: int, settings: Comm, *what: object) -> Result:
             hosts=(Host("localhost", ranks),),
             command=(sys.executable, __file__, "--result", str(path), "--what", *map(str, what)),
             environment={"OMP_NUM_THREADS": "1", **communication_settings(settings)},
+            as_root=os.geteuid() == 0,
         )
         subprocess.run(
             mpirun.arguments(spec), env=child_environment(spec), check=True, capture_output=True

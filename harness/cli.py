@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from harness.errors import HarnessError
@@ -217,23 +218,24 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from harness.progress import Unbreakable
     from launch.supervise import RunRequest, run
 
-    return run(
-        RunRequest(
-            config_path=options.config,
-            overrides=tuple(options.overrides),
-            ranks=options.ranks,
-            hosts=options.hosts,
-            hostfile=options.hostfile,
-            launcher=options.launcher,
-            run_dir=options.run_dir,
-            resume=options.resume,
-            go_on=options.go_on,
-            max_restarts=options.max_restarts,
-            dry_run=options.dry_run,
-        )
+    request = RunRequest(
+        config_path=options.config,
+        overrides=tuple(options.overrides),
+        ranks=options.ranks,
+        hosts=options.hosts,
+        hostfile=options.hostfile,
+        launcher=options.launcher,
+        run_dir=options.run_dir,
+        resume=options.resume,
+        go_on=options.go_on,
+        max_restarts=options.max_restarts,
+        dry_run=options.dry_run,
     )
+    with redirect_stdout(Unbreakable(sys.stdout)):
+        return run(request)
 
 
 def _submit(options: argparse.Namespace) -> int:

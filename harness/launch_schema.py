@@ -107,8 +107,10 @@ def _sbatch_options(value: object) -> dict[str, str | None]:
                 f"{shown(name)} is no long option of sbatch; write it without dashes, such as "
                 "exclude or gres-flags"
             )
-        if name in _SETTLED:
-            raise ValueError(f"{name} is settled by {_SETTLED[name]}")
+        # sbatch takes the beginning of an option for the option.
+        settled = [option for option in _SETTLED if option.startswith(name)]
+        if settled:
+            raise ValueError(f"{settled[0]} is settled by {_SETTLED[settled[0]]}")
         if content is True or content is None:
             read[name] = None
         elif not _is_plain(content) or isinstance(content, float):

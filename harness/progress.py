@@ -6,11 +6,15 @@ which has one, shows them.
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import IO, Protocol
+from typing import IO, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -163,9 +167,48 @@ def parse_relayed(line: str) -> Status | None:
     if not mark:
         return None
     try:
-        return Status(**json.JSONDecoder().raw_decode(payload)[0])
-    except (ValueError, TypeError):
+        status = Status(**json.JSONDecoder().raw_decode(payload)[0])
+        status.line()  # a rank may print what merely begins like a status
+        status.short()
+    except (ValueError, TypeError, RecursionError):
         return None
+    return status
+
+
+class Unbreakable(io.TextIOBase):
+    """A stream whose reader may go away, as in ``harness run … | head``: what is printed after that
+    is lost, and the run goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._unbroken():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._unbroken():
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    @contextmanager
+    def _unbroken(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
 
 def local_display() -> Display:

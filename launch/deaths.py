@@ -48,7 +48,8 @@ _PATTERNS = (
         r"MPI_ABORT was invoked on rank (?P<rank>\d+) in communicator [^\n]*\n"
         r"(?:\s*Proc: [^\n]*\n)?\s*(?:with errorcode|Errorcode:) (?P<code>\d+)"
     ),
-    # horovodrun --gloo
+    # horovodrun --gloo; its first form may be lost behind a rank's last words
+    re.compile(r"Process name: (?P<rank>\d+)\s+Exit code:\s+(?P<code>\d+)"),
     re.compile(r"Process (?P<rank>\d+) exit with status code (?P<code>\d+)"),
     # MPICH's hydra. Where it names a signal too, the exit code is that of any rank.
     re.compile(

@@ -126,6 +126,10 @@ def read_list(run_dir: Path) -> JobList:
         found = json.loads(path.read_text(encoding="utf-8"))
         jobs = [Submitted(**job) for job in found.pop("jobs")]
         points = [Point(**point) for point in found.pop("points")]
+        if not all(str(job.id).isdigit() and isinstance(job.id, str) for job in jobs):
+            raise ValueError("a job's id is no number")
+        if not all(isinstance(point.directory, str) for point in points):
+            raise ValueError("a point's directory is no text")
         return JobList(jobs=jobs, points=points, **found)
     except FileNotFoundError:
         return JobList()

@@ -39,8 +39,9 @@ class Outcome:
 
 def judge(ended: Ended, spec: LaunchSpec, directory: RunDirectory) -> Outcome:
     """The outcome of a launch of ``spec`` that has ended."""
-    # Open MPI 5's mpirun has been seen to end with 0 after it had lost a host.
-    if ended.exit_code == 0 and has_finished(directory):
+    # The records count: Open MPI 5's mpirun has been seen to end with 0 after it had lost a host,
+    # and a rank may die as it leaves a run that has finished.
+    if has_finished(directory):
         return Outcome("done")
     words = min(_last_words(directory), key=lambda note: note["rank"], default=None)
     if words is not None:
@@ -51,6 +52,10 @@ def judge(ended: Ended, spec: LaunchSpec, directory: RunDirectory) -> Outcome:
     if StoppedEarly.exit_code in (ended.exit_code, death and death.exit_code):
         grows = ranks_wanted(directory) > spec.ranks
         return Outcome("grow" if grows else "stopped")
+    noticed = {note["rank"]: note["message"] for note in _notes(directory)}
+    if death is not None and death.rank in noticed:
+        said = f"a rank has left without a word; rank {death.rank}: {noticed[death.rank]}"
+        return Outcome("failed", said)
     if survived is not None:
         host = survived.host
     else:
@@ -66,13 +71,17 @@ def judge(ended: Ended, spec: LaunchSpec, directory: RunDirectory) -> Outcome:
 
 def _last_words(directory: RunDirectory) -> Iterator[dict[str, Any]]:
     """What ranks have left that failed by themselves, not because another was gone."""
+    return (note for note in _notes(directory) if not note["consequence"])
+
+
+def _notes(directory: RunDirectory) -> Iterator[dict[str, Any]]:
+    """What ranks have left, also of those who noticed that another was gone."""
     for path in directory.failures.glob("rank-*.json"):
         try:
             note = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if not note["consequence"]:
-            yield note
+        yield note
 
 
 def _by_its_words(note: dict[str, Any], spec: LaunchSpec, directory: RunDirectory) -> Outcome:

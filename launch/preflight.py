@@ -102,6 +102,7 @@ def _ask(name: str, needs: Needs, timeout: float) -> str | None:
             errors="replace",
             timeout=timeout + _SLACK,
             check=False,
+            start_new_session=True,  # Ctrl-C is for the launching process, and no fault of the host
         )
     except FileNotFoundError:
         raise LaunchError(

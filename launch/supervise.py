@@ -8,16 +8,18 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from harness import environment
-from harness.config import load_config
+from harness.config import dump_config, load_config
 from harness.data_sizes import check_root, train_size
 from harness.errors import (
     ConfigError,
+    HarnessError,
     LaunchError,
     RankFailure,
     RunDirectoryError,
@@ -31,6 +33,7 @@ from harness.records import (
     RunLock,
     furthest,
     now,
+    write_atomic,
 )
 from harness.resume import check_same_run, has_finished, ranks_of_late, ranks_wanted
 from harness.schedule.plan import build_plan
@@ -93,6 +96,7 @@ def run(request: RunRequest) -> int:
             print(f"harness: the run in {directory.path} has finished already")
             return _report(directory)
     ranks = _first_ranks(request, config, hosts, directory)
+    restarts = _restarts(request, config)
     _warn(config)
     job = Job(
         config=config,
@@ -114,7 +118,7 @@ def run(request: RunRequest) -> int:
         with RunLock(directory, "launch.lock"), Stopper(directory.stop_request.touch) as stopper:
             directory.check_usable(request.resume)  # again, now that nobody else can start here
             directory.stop_request.unlink(missing_ok=True)
-            Supervisor(job, _restarts(request, config), stopper).run(ranks, request.resume)
+            Supervisor(job, restarts, stopper, _again_words(request)).run(ranks, request.resume)
     except UsageError:
         if created and not directory.holds_run:
             shutil.rmtree(directory.path, ignore_errors=True)
@@ -125,8 +129,12 @@ def run(request: RunRequest) -> int:
 class Supervisor:
     """Launch after launch: more ranks where the run asks for them, again after a failure."""
 
-    def __init__(self, job: Job, restarts: Restarts, stopper: Stopper) -> None:
+    def __init__(
+        self, job: Job, restarts: Restarts, stopper: Stopper, words: Sequence[str] = ()
+    ) -> None:
+        """``words``: what a command that goes on with the run must say again."""
         self._job, self._restarts, self._stopper = job, restarts, stopper
+        self._words = words
         self._directory = job.directory
         self._hosts = job.hosts
         """Those that have not been left out."""
@@ -140,10 +148,14 @@ class Supervisor:
         RankFailure if it has failed and is not to be started again.
         """
         wanted = ranks
+        kept = self._directory.path / "launch.yaml"
+        write_atomic(kept, dump_config(self._job.config).encode())
         while True:
             if self._stop_is_asked():
                 raise StoppedEarly(f"stopped on request before a launch; {self._how_to_go_on()}")
             hosts = self._reachable(first=not resume)
+            if self._stop_is_asked():
+                continue
             ranks = min(wanted, sum(host.slots for host in hosts))
             job = replace(self._job, grow=self._growth_limit(hosts))
             spec = build_spec(job, hosts, ranks, resume)
@@ -153,6 +165,8 @@ class Supervisor:
             if outcome.kind == "done":
                 return
             resume = self._directory.config.exists()
+            # The user's file may change while the run goes on.
+            self._job = replace(self._job, config_path=kept, overrides=())
             if outcome.kind == "grow":
                 wanted = self._grown()
             elif outcome.kind == "failed" and not self._stop_is_asked():
@@ -169,6 +183,8 @@ class Supervisor:
         if self._job.launcher in ("srun", "local") or _OTHER_SSH in os.environ:
             return self._hosts
         python = self._job.config.launch.python or sys.executable
+        if first and shutil.which(python) is None and self._job.config.slurm.container is None:
+            raise LaunchError(f"launch.python = {python}: there is no such program here")
         daemon = detect.mpi_programs()[1] if self._job.config.comm.controller == "mpi" else None
         programs = (daemon,) if daemon else ()
         needs = Needs(python, self._directory.path.resolve(), programs)
@@ -177,7 +193,7 @@ class Supervisor:
         left = tuple(host for host in self._hosts if host.name not in troubles)
         if troubles and (first or not left):
             raise LaunchError(told(troubles))
-        for name, wrong in troubles.items():
+        for name, wrong in troubles.items() if not self._stop_is_asked() else ():
             self._tell("host_left_out", f"host {name} is left out: {wrong}", host=name)
         return left
 
@@ -300,6 +316,7 @@ class Supervisor:
         if detect.inside_slurm_job(os.environ):
             return "harness status says what comes next"
         words = ["harness", "run", str(self._directory.config), "--run-dir", str(path), "--resume"]
+        words += self._words
         return f"go on with: {shlex.join(words)}"
 
 
@@ -334,6 +351,19 @@ def _restarts(request: RunRequest, config: Config) -> Restarts:
     if limit < 0:
         raise LaunchError(f"--max-restarts {limit}: must be 0 or more")
     return Restarts(limit, config.launch.restart_pause, config.launch.host_failures)
+
+
+def _again_words(request: RunRequest) -> list[str]:
+    """How the ranks were to be started, in the words of the command line."""
+    settings = {
+        "--hosts": request.hosts,
+        "--hostfile": request.hostfile,
+        "--launcher": request.launcher,
+        "--max-restarts": request.max_restarts,
+    }
+    return [
+        str(word) for name, value in settings.items() if value is not None for word in (name, value)
+    ]
 
 
 def _newest_checkpoint(directory: RunDirectory) -> str:
@@ -415,9 +445,13 @@ def _run_directory(request: RunRequest, config: Config) -> Path:
 
 def _create(directory: RunDirectory) -> bool:
     """Make the directory if it is not there yet; whether it was not."""
-    created = not directory.path.exists()
+    created = True
     try:
-        directory.failures.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.path.mkdir(parents=True)
+        except FileExistsError:
+            created = False
+        directory.failures.mkdir(exist_ok=True)
     except OSError as error:
         raise RunDirectoryError(
             f"{directory.path} cannot be created: {error.strerror}; choose another --run-dir"
@@ -428,5 +462,9 @@ def _create(directory: RunDirectory) -> bool:
 def _report(directory: RunDirectory) -> int:
     from harness.report import build_report
 
-    print(f"harness: done; report: {build_report([directory.path])}")
+    try:
+        page = build_report([directory.path])
+    except UsageError as error:  # too late for that: the run has been done
+        raise HarnessError(f"the run has finished, but not its report: {error}") from None
+    print(f"harness: done; report: {page}")
     return 0

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+import subprocess
+import sys
+from dataclasses import asdict
 
 import pytest
 from rich.console import Console
 
-from harness.progress import LiveBar, Pace, PlainLines, Relay, Status, parse_relayed
+from harness.progress import MARK, LiveBar, Pace, PlainLines, Relay, Status, parse_relayed
 
 
 def status(news: bool = False, accuracy: float | None = None) -> Status:
@@ -82,3 +86,36 @@ def test_pace_is_the_rate_of_late() -> None:
     for _ in range(100):
         pace.add(300, 1.0)
     assert pace.images_per_sec == pytest.approx(300)
+
+
+def test_a_reader_that_goes_away_ends_nothing() -> None:
+    code = (
+        "import sys\n"
+        "from harness.progress import Unbreakable\n"
+        "out = Unbreakable(sys.stdout)\n"
+        "assert not out.isatty() and out.encoding\n"
+        "for number in range(100000):\n"
+        "    print(number, file=out, flush=True)\n"
+        "print('still here', file=sys.stderr)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "0\n"
+        process.stdout.close()
+        assert process.stderr.read() == "still here\n"
+        assert process.wait() == 0
+
+
+@pytest.mark.parametrize(
+    "payload", ['{"fraction": "a"}', "[" * 200_000, '{"epoch": 1}', "null", "[1]"], ids=range(5)
+)
+def test_what_a_rank_prints_that_is_no_status(payload: str) -> None:
+    assert parse_relayed(f"{MARK}{payload}") is None
+
+
+def test_a_status_of_other_types_is_none() -> None:
+    words = asdict(status()) | {"fraction": "a"}
+    assert parse_relayed(f"{MARK}{json.dumps(words)}") is None

@@ -40,13 +40,12 @@ def launch(
         command=(sys.executable, str(script), *arguments),
         environment={"OMP_NUM_THREADS": "1", **communication_settings(settings or Comm())},
         controller="gloo" if launcher == "horovodrun-gloo" else "mpi",
+        as_root=os.geteuid() == 0,
     )
-    words = {
-        "mpirun": mpirun.arguments(spec),
-        "horovodrun-mpi": horovodrun.arguments(spec),
-        "horovodrun-gloo": horovodrun.arguments(spec),
-        "torchrun": [*TORCHRUN, *spec.command],
-    }[launcher]
+    if launcher == "torchrun":
+        words = [*TORCHRUN, *spec.command]
+    else:
+        words = (mpirun if launcher == "mpirun" else horovodrun).arguments(spec)
     return subprocess.run(
         words,
         env=child_environment(spec),
@@ -348,6 +347,7 @@ def test_a_world_of_another_size_than_promised_is_refused(tmp_path: Path) -> Non
         (Host("localhost", 2),),
         tuple(words),
         {"HARNESS_WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"},
+        as_root=os.geteuid() == 0,
     )
     done = subprocess.run(
         mpirun.arguments(spec),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,7 @@ def launch(launcher: str, script: Path, *arguments: str) -> None:
         command=(sys.executable, str(script), *arguments),
         environment={"OMP_NUM_THREADS": "1", **communication_settings(Comm())},
         controller="gloo" if launcher == "horovodrun-gloo" else "mpi",
+        as_root=os.geteuid() == 0,
     )
     words = mpirun.arguments(spec) if launcher == "mpirun" else horovodrun.arguments(spec)
     done = subprocess.run(
