@@ -98,6 +98,11 @@ class RunDirectory:
         return self.path / "stop"
 
     @property
+    def stop_relay(self) -> Path:
+        """The same, from the launching process on behalf of a signal that it got; gone with it."""
+        return self.path / "stop-signal"
+
+    @property
     def launch_log(self) -> Path:
         return self.path / "launch.log"
 

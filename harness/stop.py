@@ -16,8 +16,8 @@ class StopRequest:
     A second SIGINT ends the process at once, as people expect of Ctrl-C pressed twice.
     """
 
-    def __init__(self, flag_file: Path | None = None) -> None:
-        self._file = flag_file
+    def __init__(self, *flag_files: Path) -> None:
+        self._files = flag_files
         self._signalled = False
 
     def listen(self) -> None:
@@ -27,12 +27,12 @@ class StopRequest:
 
     def asked(self) -> bool:
         """Whether this rank has been asked to stop."""
-        return self._signalled or (self._file is not None and os.path.exists(self._file))
+        return self._signalled or any(os.path.exists(file) for file in self._files)
 
     def clear(self) -> None:
         """Forget a request in the run directory that an earlier attempt left or has obeyed."""
-        if self._file is not None:
-            self._file.unlink(missing_ok=True)
+        for file in self._files:
+            file.unlink(missing_ok=True)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signalled and number == signal.SIGINT:

@@ -75,7 +75,7 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: Path, resume: bo
         config = load_config(config_path, overrides)
         _start_mps()
         run = RunDirectory(run_dir)
-        stop = StopRequest(run.stop_request)
+        stop = StopRequest(run.stop_request, run.stop_relay)
         membership = Membership.of_this_process()
         finished = False
         while not finished:  # once, unless ranks come and go while the processes live

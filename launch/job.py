@@ -91,8 +91,6 @@ def _go_on(ending: Ending) -> int:
         mine = read_list(ending.base).find(ending.number)
     run = RunDirectory(ending.run_dir)
     wanted = ranks_wanted(run)
-    if ending.was_warned:
-        run.stop_request.unlink(missing_ok=True)  # it was this job's supervisor that wrote it
     if mine is not None and mine.kind == "job" and wanted > mine.ranks:
         return _hand_on(ending, wanted)
     if _is_replaced(ending):

@@ -115,9 +115,10 @@ def run(request: RunRequest) -> int:
         return 0
     created = _create(directory)
     try:
-        with RunLock(directory, "launch.lock"), Stopper(directory.stop_request.touch) as stopper:
+        with RunLock(directory, "launch.lock"), Stopper(directory.stop_relay.touch) as stopper:
             directory.check_usable(request.resume)  # again, now that nobody else can start here
             directory.stop_request.unlink(missing_ok=True)
+            directory.stop_relay.unlink(missing_ok=True)
             Supervisor(job, restarts, stopper, _again_words(request)).run(ranks, request.resume)
     except UsageError:
         if created and not directory.holds_run:
@@ -176,7 +177,8 @@ class Supervisor:
 
     def _stop_is_asked(self) -> bool:
         """By a signal or by the file: this job's next attempt writes that, too."""
-        return self._stopper.asked or self._directory.stop_request.exists()
+        files = (self._directory.stop_request, self._directory.stop_relay)
+        return self._stopper.asked or any(file.exists() for file in files)
 
     def _reachable(self, first: bool) -> tuple[Host, ...]:
         """The hosts that answer. Before a run's first launch all must."""
@@ -237,7 +239,7 @@ class Supervisor:
     def _grown(self) -> int:
         """The ranks that the run goes on with; raises StoppedEarly if they are not to be had."""
         wanted, slots = ranks_wanted(self._directory), sum(host.slots for host in self._hosts)
-        if self._directory.stop_request.exists():
+        if self._stop_is_asked():
             raise StoppedEarly(f"stopped on request with a checkpoint; {self._how_to_go_on()}")
         if wanted > slots and detect.inside_slurm_job(os.environ):
             raise StoppedEarly(
@@ -342,7 +344,7 @@ def _take_over(directory: RunDirectory) -> None:
         if not detect.inside_slurm_job(os.environ):
             raise
         print("harness: an earlier attempt still runs; asking it to stop", flush=True)
-        directory.stop_request.touch()
+        directory.stop_relay.touch()
         _check_alone(directory, _STOPPING)
 
 
