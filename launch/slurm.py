@@ -222,13 +222,14 @@ def check_jobs(config: Config, place: Place) -> None:
 def _check_launch(config: Config) -> None:
     """What the ranks' launcher would refuse inside the job."""
     launcher = config.launch.launcher
-    if config.comm.controller == "gloo" and launcher not in ("horovodrun", "local"):
+    if config.comm.controller == "gloo" and launcher in ("mpirun", "srun"):
         raise LaunchError(
             "comm.controller = gloo needs launch.launcher=horovodrun, which reaches the nodes of a "
             "job over ssh; or use comm.controller=mpi"
         )
     if config.launch.elastic:
-        elastic.check(config, launcher or "srun")
+        # Without MPI it is horovodrun that starts ranks in a job.
+        elastic.check(config, launcher or "horovodrun")
 
 
 def limit_seconds(text: str) -> int | None:
