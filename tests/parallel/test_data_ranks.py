@@ -56,7 +56,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(config: Path, directory: Path, ranks: int, *overrides: str) -> list[str]:
     words = ["run", str(config), *overrides, "--ranks", str(ranks), "--run-dir", str(directory)]
-    return [*words, "--hosts", "localhost:4"]
+    return [*words, "--hosts", "localhost:4", "--max-restarts", "0"]
 
 
 def trained(config: Path, directory: Path, ranks: int, *overrides: str) -> Path:
