@@ -28,6 +28,7 @@ from harness.comm.base import Communicator, allgather_bytes, allreduce, broadcas
 from harness.comm.together import together
 from harness.errors import LaunchError, PeerLost, RankFailure
 from harness.records import RunDirectory, write_atomic
+from harness.wording import counted
 
 _NOTICE = 10.0  # seconds in which the driver, which looks at hosts once a second, tells of new ones
 _PLACE_PATIENCE = 900.0  # more than the 600 s for which the driver waits for hosts
@@ -172,7 +173,7 @@ class Membership:
         hosts = _discovered(folder)
         slots = sum(int(line.rpartition(":")[2]) for line in hosts.split())
         if slots <= size:
-            return f"there are slots for {slots} only"
+            return f"there are slots for {counted(slots, 'rank')} only"
         if self._news.wait(_NOTICE):
             return None
         # It may have told of them before this process listened. But they may also be hosts that it
@@ -180,7 +181,7 @@ class Membership:
         if hosts not in self._tried:
             self._tried.add(hosts)
             return None
-        return f"of {slots} slots the launcher gives {size}"
+        return f"of {counted(slots, 'slot')} the launcher gives {size}"
 
 
 def _discovered(folder: Path) -> str:

@@ -40,10 +40,11 @@ from harness.buckets import Bucket
 from harness.comm import Communicator, allreduce, mpi, open_communicator
 from harness.compression import build_codec
 from harness.errors import HarnessError, LaunchError, StoppedEarly
+from harness.last_words import leave_last_words
 from harness.provenance import collect
 from harness.records import RunDirectory, write_atomic, write_json
 from harness.schema import Comm
-from harness.worker import _last_words
+from harness.wording import counted
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -442,7 +443,7 @@ class Probe:
         )
         hosts = len(comm.topology.by_host())
         print_tables(
-            f"{_counted(comm.size, 'rank')} on {_counted(hosts, 'host')}, {comm.kind}",
+            f"{counted(comm.size, 'rank')} on {counted(hosts, 'host')}, {comm.kind}",
             timings,
             self.left_out,
         )
@@ -549,10 +550,6 @@ def shown_size(size: int) -> str:
     return f"{size} B"
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure as one rank; returns the exit code. Errors end as one message."""
     parser = argparse.ArgumentParser(prog="python -m harness.probe", description=__doc__)
@@ -568,7 +565,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StoppedEarly as stopped:
         code = stopped.exit_code
     except Exception as error:
-        code = _last_words(error, None)
+        code = leave_last_words(error, environment.launched_rank())
     else:
         return 0
     sys.stdout.flush()

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -20,14 +19,15 @@ from torch import nn
 from harness import checkpoint, environment
 from harness.autotune import Tuned, slower_than_none, tune
 from harness.comm import Communicator, allreduce, broadcast_bytes, open_communicator
-from harness.comm.together import AllLeave, exit_code_of, together
+from harness.comm.together import AllLeave, together
 from harness.config import dump_config, load_config
 from harness.data.datasets import ImageData
 from harness.data.shared import load_shared
 from harness.elastic import LeftOut, Membership, Regroup
-from harness.errors import HarnessError, PeerLost, RankFailure, RunDirectoryError, StoppedEarly
+from harness.errors import PeerLost, RunDirectoryError, StoppedEarly
 from harness.evaluate import Evaluation
 from harness.journal import Journal
+from harness.last_words import leave_last_words
 from harness.memory import keep_freed_memory
 from harness.models import build_model
 from harness.progress import Display, Relay, Silent, local_display
@@ -101,14 +101,14 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: Path, resume: bo
         return 0
     except AllLeave as leave:
         if leave.mine is not None:
-            _last_words(leave.mine, comm)
+            leave_last_words(leave.mine, _rank(comm))
         code = _leave(leave.exit_code, comm)
     except StoppedEarly as stopped:
         if (comm is None or comm.rank == 0) and not environment.relays_progress():
             print(f"harness: {stopped}", file=sys.stderr)
         code = _leave(stopped.exit_code, comm)
     except Exception as error:
-        code = _last_words(error, comm)
+        code = leave_last_words(error, _rank(comm))
     else:
         if comm is not None:
             comm.close()
@@ -361,31 +361,6 @@ def _leave(code: int, comm: Communicator | None) -> int:
     return code
 
 
-def _last_words(error: Exception, comm: Communicator | None) -> int:
-    """Say what went wrong, to the launching process if there is one, else here; the exit code."""
-    rank = comm.rank if comm is not None else environment.launched_rank()
-    # An OSError's own text says what is wrong and where (disk full, no permission).
-    known = isinstance(error, HarnessError | OSError)
-    code = exit_code_of(error)
-    message = str(error) if known else f"{type(error).__name__}: {error}"
-    where = environment.failure_dir()
-    if where is None:
-        print(f"harness: {message}", file=sys.stderr)
-        if not known:
-            traceback.print_exception(error, file=sys.stderr)
-        return code
-    words = {
-        "rank": rank,
-        "host": environment.host(),
-        "exit_code": code,
-        "message": message,
-        "consequence": isinstance(error, PeerLost),
-        # A machine's failure may be gone the next time; what follows from the run itself is not.
-        "final": isinstance(error, HarnessError) and not isinstance(error, RankFailure),
-        "traceback": None if known else "".join(traceback.format_exception(error)),
-    }
-    try:
-        write_json(where / f"rank-{rank:05d}.json", words)
-    except OSError:  # the disk that is full is this one too
-        print(f"harness: rank {rank} on {environment.host()}: {message}", file=sys.stderr)
-    return code
+def _rank(comm: Communicator | None) -> int:
+    """Also of a process that has not joined the others."""
+    return environment.launched_rank() if comm is None else comm.rank

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from launch.spec import LaunchSpec
 
 _TIED = str(Path(__file__).with_name("tied.py"))
 _GRACE = 10.0  # seconds between SIGTERM and SIGKILL
+_LAST_LINES = 200  # of the launcher's own, by which its end is judged
 
 
 def child_environment(spec: LaunchSpec) -> dict[str, str]:
@@ -75,7 +77,7 @@ def _start(argv: Sequence[str], spec: LaunchSpec) -> subprocess.Popen[str]:
 def _pump(
     process: subprocess.Popen[str], display: Display, log: IO[str], tag: re.Pattern[str] | None
 ) -> str:
-    own_words = []
+    own_words: deque[str] = deque(maxlen=_LAST_LINES)
     assert process.stdout is not None  # noqa: S101 - it is a pipe, for the type checker
     for line in process.stdout:
         with suppress(OSError):  # a log that cannot grow does not end a run
@@ -93,20 +95,20 @@ def _pump(
             if text:
                 first = not tags or tags[0] == "0"
                 display.say(text if first else f"[rank {tags[0]}] {text}")
-    return "".join(own_words[-200:])
+    return "".join(own_words)
 
 
 class Stopper:
     """Turns signals to this process into a clean stop of the ranks, for as long as it is entered.
 
-    SIGINT, SIGTERM or SIGUSR2 asks the ranks to stop with a checkpoint; a second SIGINT ends them
-    at once.
+    SIGINT, SIGTERM or SIGUSR2 asks the ranks to stop; a second SIGINT ends them at once.
     """
 
     _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
-    def __init__(self, ask_to_stop: Callable[[], None]) -> None:
-        self._ask = ask_to_stop
+    def __init__(self, ask_to_stop: Callable[[], None], manner: str = "with a checkpoint") -> None:
+        """``manner``: how the ranks stop then, for the user to read."""
+        self._ask, self._manner = ask_to_stop, manner
         self.asked = False
         """Whether a signal has come."""
         self._process: subprocess.Popen[str] | None = None
@@ -146,7 +148,7 @@ class Stopper:
             return
         self.asked = True
         self._ask()
-        self._say("harness: asked the ranks to stop with a checkpoint (Ctrl-C again ends them now)")
+        self._say(f"harness: asked the ranks to stop {self._manner} (Ctrl-C again ends them now)")
 
     def _say(self, text: str) -> None:
         if self._display is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.errors import LaunchError
+from harness.wording import counted
 from launch.spec import Host
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
@@ -54,9 +55,9 @@ def check_slots(ranks: int, hosts: tuple[Host, ...]) -> None:
     if ranks > slots:
         listed = ",".join(map(str, hosts))
         raise LaunchError(
-            f"{ranks} ranks need {ranks} slots, but {listed} has {slots}; ask for at most {slots} "
-            f"ranks, or name hosts with enough slots (--hosts {hosts[0].name}:{ranks} puts several "
-            "ranks on a core)"
+            f"{ranks} ranks need {ranks} slots, but {listed} has {slots}; ask for at most "
+            f"{counted(slots, 'rank')}, or name hosts with enough slots "
+            f"(--hosts {hosts[0].name}:{ranks} puts several ranks on a core)"
         )
 
 
@@ -125,7 +126,7 @@ def _host_of_line(words: Sequence[str]) -> tuple[str, int | None]:
         counts[key] = _count(value)
     slots, limit = counts.get("slots"), counts.get("max_slots")
     if limit and (slots or 1) > limit:
-        raise ValueError(f"{name} has {slots} slots, but max_slots={limit}")
+        raise ValueError(f"{name} has {counted(slots or 1, 'slot')}, but max_slots={limit}")
     return name, slots
 
 

@@ -20,8 +20,8 @@ from harness.errors import HarnessError, LaunchError, StoppedEarly
 from harness.launch_schema import Slurm
 from harness.records import RunDirectory
 from harness.resume import ranks_wanted
+from harness.wording import counted
 from launch.jobs import State, ask, job_states, list_lock, read_list, write_list
-from launch.slurm import counted
 from launch.submit import submit_successor
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)

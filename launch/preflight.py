@@ -14,6 +14,8 @@ from pathlib import Path
 
 from harness.errors import LaunchError
 
+_OTHER_SSH = "OMPI_MCA_plm_rsh_agent"
+"""Names what Open MPI calls in place of ssh; the harness does not know how that is asked."""
 _SLACK = 5.0  # seconds that ssh may take besides connecting
 _PARALLEL = 32
 
@@ -47,10 +49,19 @@ class Needs:
     """What ranks need on every host."""
 
     python: str
-    run_dir: Path
-    """A directory that is there already, for all hosts to see."""
+    directory: Path
+    """One that is there already, for all hosts to see."""
     programs: tuple[str, ...] = ()
     """Absolute paths of further programs, such as Open MPI's orted."""
+    option: str = "--run-dir"
+    """What chooses another directory."""
+    python_key: str | None = "launch.python"
+    """What chooses another interpreter, if anything does."""
+
+
+def over_ssh(launcher: str) -> bool:
+    """Whether this launcher reaches other hosts by the ssh that can be tried here."""
+    return launcher not in ("srun", "local") and _OTHER_SSH not in os.environ
 
 
 def check_hosts(names: Iterable[str], needs: Needs, timeout: float) -> dict[str, str]:
@@ -128,7 +139,7 @@ def ssh(name: str, timeout: float) -> list[str]:
 def _question(needs: Needs) -> str:
     """A command for the remote shell that prints the number of each thing that is not there."""
     checks = [f"test -x {shlex.quote(needs.python)} || echo 0"]
-    checks.append(f"test -d {shlex.quote(os.fspath(needs.run_dir))} || echo 1")
+    checks.append(f"test -d {shlex.quote(os.fspath(needs.directory))} || echo 1")
     checks += [
         f"test -x {shlex.quote(program)} || echo {number}"
         for number, program in enumerate(needs.programs, start=2)
@@ -137,10 +148,11 @@ def _question(needs: Needs) -> str:
 
 
 def _missing(numbers: Sequence[str], needs: Needs) -> str | None:
+    other_python = f", or set {needs.python_key}" if needs.python_key else ""
     told = [
-        f"has no {needs.python}; install the harness there under the same path, or set "
-        "launch.python",
-        f"does not see {needs.run_dir}; choose a --run-dir on a file system that all hosts share",
+        f"has no {needs.python}; install the harness there under the same path{other_python}",
+        f"does not see {needs.directory}; choose with {needs.option} one on a file system that all "
+        "hosts share",
         *(
             f"has no {program}; install the same MPI there, under the same path"
             for program in needs.programs

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shlex
 import shutil
 import sys
 import tempfile
@@ -19,6 +17,7 @@ from harness.launch_schema import Launch
 from harness.progress import PlainLines
 from harness.records import RunDirectory
 from harness.schema import Comm
+from harness.wording import counted
 from launch import detect
 from launch.assemble import (
     MODULES,
@@ -32,12 +31,11 @@ from launch.deaths import rank_tag
 from launch.execute import Stopper, execute
 from launch.hosts import fill
 from launch.outcome import judge
-from launch.preflight import Needs, check_hosts, is_local, told
+from launch.preflight import Needs, check_hosts, is_local, over_ssh, told
 from launch.spec import Host, LaunchSpec
 
 _LARGEST_MB = 4096  # MPI counts a message's elements in 32 bits
 _LONGEST = 86400.0
-_OTHER_SSH = "OMPI_MCA_plm_rsh_agent"
 _LAUNCH = Launch()
 
 
@@ -72,7 +70,7 @@ def probe(request: ProbeRequest) -> int:
     with _directory(request.out, placed) as directory:
         _check_reachable(launcher, placed, directory)
         spec = _spec(request, launcher, placed, ranks, directory)
-        with Stopper(directory.stop_request.touch) as stopper:
+        with Stopper(directory.stop_request.touch, "after this round") as stopper:
             _launch(spec, launcher, directory, stopper)
     if request.out is not None:
         print(f"harness: {request.out / 'probe.json'} and {request.out / 'probe.csv'} are written")
@@ -138,10 +136,11 @@ def _created(path: Path) -> Path:
 
 def _check_reachable(launcher: Launcher, hosts: tuple[Host, ...], directory: RunDirectory) -> None:
     """Raise LaunchError unless all hosts let ssh in, and have what the ranks need."""
-    if launcher == "srun" or _OTHER_SSH in os.environ:
+    if not over_ssh(launcher):
         return
     daemon = detect.mpi_programs()[1]
-    needs = Needs(sys.executable, directory.path.resolve(), (daemon,) if daemon else ())
+    programs = (daemon,) if daemon else ()
+    needs = Needs(sys.executable, directory.path.resolve(), programs, "-o", python_key=None)
     troubles = check_hosts([host.name for host in hosts], needs, _LAUNCH.connect_timeout)
     if troubles:
         raise LaunchError(told(troubles))
@@ -170,11 +169,10 @@ def _launch(
     spec: LaunchSpec, launcher: Launcher, directory: RunDirectory, stopper: Stopper
 ) -> None:
     argv = MODULES[launcher].arguments(spec)
-    counted = f"{spec.ranks} rank{'' if spec.ranks == 1 else 's'}"
     where = ",".join(map(str, spec.hosts))
-    print(f"harness: measuring collectives of {counted} on {where}", flush=True)
+    print(f"harness: measuring collectives of {counted(spec.ranks, 'rank')} on {where}", flush=True)
     with directory.launch_log.open("a", encoding="utf-8") as log:
-        log.write(f"$ {shlex.join(argv)}\n")
+        log.write(f"$ {spec.as_shell_command(argv)}\n")
         tag = rank_tag(launcher, spec.mpi)
         ended = execute(argv, spec, PlainLines(), log, stopper, tag)
     if ended.exit_code == 0 and (directory.path / "probe.json").exists():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,6 +44,11 @@ class LaunchSpec:
     """Further words for srun, such as Pyxis's --container-image."""
     as_root: bool = False
     """Whether root starts them, which Open MPI allows only where it is told to."""
+
+    def as_shell_command(self, argv: Sequence[str]) -> str:
+        """A launcher's words with the variables that it is started with, for a shell to take."""
+        settings = (f"{name}={value}" for name, value in sorted(self.environment.items()))
+        return shlex.join(["env", *settings, *argv])
 
     def host_of(self, rank: int) -> str | None:
         """The host that a rank is put on: hosts are filled in order."""

@@ -38,18 +38,17 @@ from harness.records import (
 from harness.resume import check_same_run, has_finished, ranks_of_late, ranks_wanted
 from harness.schedule.plan import build_plan
 from harness.schema import Config
+from harness.wording import counted
 from launch import detect, elastic
 from launch.assemble import Job, Launcher, build_spec, choose_launcher, command_line, find_hosts
 from launch.deaths import rank_tag
 from launch.execute import Stopper, execute
 from launch.hosts import check_slots
 from launch.outcome import Outcome, judge
-from launch.preflight import Needs, check_hosts, told
+from launch.preflight import Needs, check_hosts, over_ssh, told
 from launch.restarts import Again, Restarts
 from launch.spec import Host, LaunchSpec
 
-_OTHER_SSH = "OMPI_MCA_plm_rsh_agent"
-"""Names what Open MPI calls in place of ssh; the harness does not know how that is asked."""
 _DYING = 10.0  # seconds that ranks of a launch that was killed a moment ago may take to die
 _STOPPING = 120.0  # seconds that an earlier attempt may take to stop with a checkpoint
 
@@ -110,8 +109,7 @@ def run(request: RunRequest) -> int:
     spec = build_spec(job, hosts, ranks, request.resume)
     if request.dry_run:
         spec, argv = command_line(job, spec)
-        settings = [f"{name}={value}" for name, value in sorted(spec.environment.items())]
-        print(shlex.join(["env", *settings, *argv]))
+        print(spec.as_shell_command(argv))
         return 0
     created = _create(directory)
     try:
@@ -182,7 +180,7 @@ class Supervisor:
 
     def _reachable(self, first: bool) -> tuple[Host, ...]:
         """The hosts that answer. Before a run's first launch all must."""
-        if self._job.launcher in ("srun", "local") or _OTHER_SSH in os.environ:
+        if not over_ssh(self._job.launcher):
             return self._hosts
         python = self._job.config.launch.python or sys.executable
         if first and shutil.which(python) is None and self._job.config.slurm.container is None:
@@ -210,7 +208,7 @@ class Supervisor:
         words = "going on with" if resume else "starting"
         made_up = f" (accumulation makes up for {wanted - spec.ranks})" * (wanted > spec.ranks)
         print(
-            f"harness: {words} {_count(spec.ranks)} on {where}{made_up}; "
+            f"harness: {words} {counted(spec.ranks, 'rank')} on {where}{made_up}; "
             f"run directory {self._directory.path}",
             flush=True,
         )
@@ -228,7 +226,7 @@ class Supervisor:
         display = local_display()
         try:
             with self._directory.launch_log.open("a", encoding="utf-8") as log:
-                log.write(f"$ {shlex.join(argv)}\n")
+                log.write(f"$ {spec.as_shell_command(argv)}\n")
                 ended = execute(
                     argv, spec, display, log, self._stopper, rank_tag(self._job.launcher, spec.mpi)
                 )
@@ -244,7 +242,7 @@ class Supervisor:
         if wanted > slots and detect.inside_slurm_job(os.environ):
             raise StoppedEarly(
                 f"stopped with a checkpoint: the run wants {wanted} ranks, and this job has "
-                f"{slots} slots; {self._how_to_go_on()}"
+                f"{counted(slots, 'slot')}; {self._how_to_go_on()}"
             )
         return wanted
 
@@ -396,10 +394,6 @@ def _with_ranks(request: RunRequest, ranks: int) -> RunRequest:
     return replace(request, overrides=(*request.overrides, *settings))
 
 
-def _count(ranks: int) -> str:
-    return f"{ranks} rank{'' if ranks == 1 else 's'}"
-
-
 def _first_ranks(
     request: RunRequest, config: Config, hosts: tuple[Host, ...], directory: RunDirectory
 ) -> int:
@@ -418,7 +412,9 @@ def _first_ranks(
     if request.ranks is None and detect.inside_slurm_job(os.environ):
         # The next job may have more slots than this one: growth past them is none of its business.
         if request.resume and ranks > slots:
-            raise StoppedEarly(f"the run wants {ranks} ranks, and this job has {slots} slots")
+            raise StoppedEarly(
+                f"the run wants {ranks} ranks, and this job has {counted(slots, 'slot')}"
+            )
         check_slots(ranks, hosts)
     else:
         check_slots(ranks if request.ranks else max(ranks, config.ranks.ceiling), hosts)

@@ -69,3 +69,14 @@ class FakeSlurm:
     def sets(self, name: str, content: str = "") -> None:
         """Make the commands behave otherwise: refuse-NUMBER, down, stays, before, after."""
         (self.folder / name).write_text(content)
+
+
+def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    """One for a test, which works outside a job, in a directory of its own."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for name in list(os.environ):
+        if name.startswith("SLURM_"):
+            monkeypatch.delenv(name)
+    return FakeSlurm(tmp_path / "fake", monkeypatch)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from support import require
-from testbed import CTL, Testbed, daemon, missing_for_testbed, system_tool
+from testbed import CTL, Testbed, completed, daemon, missing_for_testbed, system_tool
 
 _TOOLS = {
     "slurmctld": "slurmctld",
@@ -156,14 +156,7 @@ class SlurmBed:
         self, command: Sequence[str], timeout: float = 60.0
     ) -> subprocess.CompletedProcess[str]:
         """Run a command where users log in, to its end, of at most that many seconds."""
-        return subprocess.run(
-            self.on(CTL, command),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        return completed(self.on(CTL, command), timeout)
 
     def submit(self, script: str, *options: str) -> str:
         """Queue a batch script, given as text; returns the job's number. What it prints is in the

@@ -18,6 +18,7 @@ from support import ROOT
 ABOVE_THE_LINE = (
     "harness.errors",
     "harness.units",
+    "harness.wording",
     "harness.yamlfile",
     "harness.optimizer_table",
     "harness.dataset_table",
@@ -73,6 +74,7 @@ BELOW_THE_LINE = (
     "harness.gradient_step",
     "harness.journal",
     "harness.provenance",
+    "harness.last_words",
     "harness.elastic",
     "harness.trainer",
     "harness.worker",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakeslurm import FakeSlurm
+from fakeslurm import FakeSlurm, fake_slurm
 from hypothesis import given
 from hypothesis import strategies as st
 from support import ROOT
@@ -24,13 +23,7 @@ CHAIN = ("batch.micro=16", "ranks={start: 2, max: 8, per_node: 2}")
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    for name in list(os.environ):
-        if name.startswith("SLURM_"):
-            monkeypatch.delenv(name)
-    return FakeSlurm(tmp_path / "fake", monkeypatch)
+    return fake_slurm(tmp_path, monkeypatch)
 
 
 def line(**fields: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fakeslurm import FakeSlurm
+from fakeslurm import FakeSlurm, fake_slurm
 from hypothesis import given
 from hypothesis import strategies as st
 from support import ROOT
@@ -33,13 +33,7 @@ GROWING = "batch={growth: {policy: noise}, initial: 128}"
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    for name in list(os.environ):
-        if name.startswith("SLURM_"):
-            monkeypatch.delenv(name)
-    return FakeSlurm(tmp_path / "fake", monkeypatch)
+    return fake_slurm(tmp_path, monkeypatch)
 
 
 def submitted(*words: str) -> JobList:

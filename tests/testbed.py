@@ -14,11 +14,14 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import TracebackType
+
+import psutil
 
 CTL = "ctl"
 """The outer namespace by its name as a host: where a user's shell or a controller runs."""
@@ -160,6 +163,18 @@ def daemon(name: str) -> str:
     return system_tool(name) or name
 
 
+def completed(words: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, of at most that many seconds."""
+    return subprocess.run(
+        words,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
 class Testbed:
     """Hosts n1, n2, … with addresses 10.77.0.1, …; leaving the ``with`` block ends them."""
 
@@ -211,14 +226,7 @@ class Testbed:
         self, host: str, command: Sequence[str], timeout: float = 60.0
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on a host to its end, of at most that many seconds."""
-        return subprocess.run(
-            self.on(host, command),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        return completed(self.on(host, command), timeout)
 
     def do(self, host: str, *command: str) -> str:
         """Run a command that must succeed on a host; returns what it prints.
@@ -382,3 +390,28 @@ class Testbed:
             self._outer.kill()
         self._outer.wait()
         self._outer = None
+
+
+def assert_ends_with_its_owner(bed: str, folder: Path) -> None:
+    """Kill a process that holds a bed; all that ran in it must end.
+
+    ``bed``: Python that makes one in ``folder`` and then gives its first process to ``hold``.
+    """
+    script = f"""
+import sys, time
+from pathlib import Path
+from testbed import CTL
+folder = Path(sys.argv[1])
+def hold(pid):
+    print(pid, flush=True)
+    time.sleep(1000)
+{bed}"""
+    words = [sys.executable, "-c", script, str(folder)]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent, start_new_session=True
+    ) as owner:
+        assert owner.stdout is not None
+        first = psutil.Process(int(owner.stdout.readline()))
+        inside = [first, *first.children(recursive=True)]
+        owner.kill()
+    assert psutil.wait_procs(inside, timeout=60)[1] == []

@@ -24,6 +24,7 @@ from harness.schedule.costs import (
 )
 from harness.schedule.plan import Plan, Stage
 from harness.schema import Config, Paper, Printed
+from harness.wording import counted
 
 _WIDE = 200  # columns where no terminal sets them
 _UNLIMITED = 10_000
@@ -320,9 +321,9 @@ def _bounds(config: Config, plan: Plan, fastest: Plan) -> str:
         return f"{text}, but nothing that could grow the batch is decided within the run."
     first = fastest.stages[0]
     return (
-        f"{text}: between {_count(most, 'update')}, where the batch never grows, and {least:,}, "
+        f"{text}: between {counted(most, 'update')}, where the batch never grows, and {least:,}, "
         f"where it grows as fast as it may. The first growth may come at epoch "
-        f"{_short(first.end_epoch)}, after {_count(first.updates, 'update')}."
+        f"{_short(first.end_epoch)}, after {counted(first.updates, 'update')}."
     )
 
 
@@ -347,7 +348,7 @@ def _sentences(config: Config, plan: Plan, costs: PlanCost | None) -> Iterator[s
 
 def _totals(config: Config, plan: Plan) -> str:
     updates = sum(row.updates for row in plan.stages)
-    text = f"{plan.stages[-1].end_sample:,} samples in {_count(updates, 'update')}"
+    text = f"{plan.stages[-1].end_sample:,} samples in {counted(updates, 'update')}"
     if updates == plan.updates_at_initial:
         return f"{text}."
     return (
@@ -387,7 +388,7 @@ def _expenses(config: Config, plan: Plan, costs: PlanCost) -> Iterator[str]:
 
 
 def _kinds(kinds: Collection[tuple[int, int]]) -> str:
-    said = [f"{_count(ranks, 'rank')} × micro-batch {micro}" for ranks, micro in sorted(kinds)]
+    said = [f"{counted(ranks, 'rank')} × micro-batch {micro}" for ranks, micro in sorted(kinds)]
     return ", ".join(said[:5]) + (f" and {len(said) - 5} more" if len(said) > 5 else "")
 
 
@@ -402,9 +403,9 @@ def _segments(config: Config, plan: Plan) -> Iterator[str]:
                 yield f"⋮ {len(segments) - 2 * _SHOWN:,} more segments"
             continue
         first, last = rows[0], rows[-1]
-        places = _count(first.ranks, "rank")
+        places = counted(first.ranks, "rank")
         if config.ranks.per_node is not None:
-            places += f", {_count(nodes(config, first.ranks), 'node')}"
+            places += f", {counted(nodes(config, first.ranks), 'node')}"
         yield (
             f"segment {first.segment}: epochs {_short(first.start_epoch)} – "
             f"{_short(last.end_epoch)} on {places} "
@@ -451,7 +452,3 @@ def _stages(stages: Sequence[int]) -> str:
 
 def _ends(run: list[int]) -> str:
     return str(run[0]) if len(run) == 1 else f"{run[0]} – {run[-1]}"
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"

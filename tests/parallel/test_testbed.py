@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import ROOT, require
-from testbed import CTL, Testbed, missing_for_testbed
+from support import require
+from testbed import CTL, Testbed, assert_ends_with_its_owner, missing_for_testbed
 
 pytestmark = pytest.mark.slow
 
@@ -157,26 +157,15 @@ def test_nothing_outside_changes_and_nothing_stays(tmp_path: Path) -> None:
 
 
 OWNER = """
-import sys, time
-from pathlib import Path
-from testbed import CTL, Testbed
-with Testbed(2, Path(sys.argv[1])) as bed:
-    print(bed.first_process(CTL), flush=True)
-    time.sleep(1000)
+from testbed import Testbed
+with Testbed(2, folder) as bed:
+    hold(bed.first_process(CTL))
 """
 
 
 def test_it_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
     require_testbed()
-    words = [sys.executable, "-c", OWNER, str(tmp_path)]
-    with subprocess.Popen(
-        words, stdout=subprocess.PIPE, text=True, cwd=ROOT / "tests", start_new_session=True
-    ) as owner:
-        assert owner.stdout is not None
-        first = psutil.Process(int(owner.stdout.readline()))
-        inside = [first, *first.children(recursive=True)]
-        owner.kill()
-    assert psutil.wait_procs(inside, timeout=60)[1] == []
+    assert_ends_with_its_owner(OWNER, tmp_path)
 
 
 def test_a_bed_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -11,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 from slurmbed import SlurmBed, missing_for_pmix, require_slurm
-from support import ROOT, require
-from testbed import CTL
+from support import require
+from testbed import CTL, assert_ends_with_its_owner
 
 pytestmark = pytest.mark.slow
 
@@ -132,28 +131,16 @@ def test_a_wait_in_vain_shows_the_logs(cluster: SlurmBed) -> None:
 
 
 OWNER = """
-import sys, time
-from pathlib import Path
 from slurmbed import SlurmBed
-from testbed import CTL
-with SlurmBed(2, folder=Path(sys.argv[1])) as cluster:
+with SlurmBed(2, folder=folder) as cluster:
     cluster.wait(cluster.submit("srun sleep 1000", "-N2"), ["RUNNING"])
-    print(cluster.bed.first_process(CTL), flush=True)
-    time.sleep(1000)
+    hold(cluster.bed.first_process(CTL))
 """
 
 
 def test_it_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
     require_slurm()
-    words = [sys.executable, "-c", OWNER, str(tmp_path)]
-    with subprocess.Popen(
-        words, stdout=subprocess.PIPE, text=True, cwd=ROOT / "tests", start_new_session=True
-    ) as owner:
-        assert owner.stdout is not None
-        first = psutil.Process(int(owner.stdout.readline()))
-        inside = [first, *first.children(recursive=True)]
-        owner.kill()
-    assert psutil.wait_procs(inside, timeout=60)[1] == []
+    assert_ends_with_its_owner(OWNER, tmp_path)
 
 
 def test_nothing_stays(tmp_path: Path) -> None:
