@@ -15,6 +15,7 @@ from harness.errors import LaunchError
 from harness.launch_schema import Slurm
 from harness.schedule.plan import Plan
 from harness.schema import Config
+from harness.wording import counted
 from harness.yamlfile import one_line
 from launch import elastic
 from launch.containers import check_container
@@ -51,6 +52,7 @@ _ALONE = frozenset(
         "version",
     }
 )
+_REPORT_TIME = "30:00"
 MAX_POINTS = 1000
 """Of a sweep: the indices of a job array end at 1000 unless the cluster's MaxArraySize is set."""
 
@@ -105,10 +107,6 @@ def job_title(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "run"
 
 
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def sbatch_quote(value: str) -> str:
     """A value as a #SBATCH line has it, where a backslash escapes inside all quotes.
 
@@ -159,6 +157,22 @@ def nodes_for(config: Config, ranks: int) -> int:
                 f"ranks.per_node={room} or a larger launch.ranks_per_gpu"
             )
     return -(-ranks // per_node) if per_node else 1
+
+
+def idle_gpus(config: Config) -> str | None:
+    """What to tell of GPUs that jobs ask for and no rank computes on; None if there are none."""
+    gpus, per_node = config.slurm.gpus_per_node, config.ranks.per_node
+    if gpus is None:
+        return None
+    ranks = min(per_node or config.ranks.ceiling, config.ranks.ceiling)
+    room, used = int(gpus.rpartition(":")[2]), -(-ranks // config.launch.ranks_per_gpu)
+    if used >= room:
+        return None
+    return (
+        f"slurm.gpus_per_node = {gpus}, but {counted(ranks, 'rank')} on a node with "
+        f"launch.ranks_per_gpu = {config.launch.ranks_per_gpu} keep {used} of them busy; "
+        "the others stay idle"
+    )
 
 
 def chain(config: Config, plan: Plan, first: int | None = None) -> list[BatchJob]:
@@ -232,6 +246,12 @@ def _check_launch(config: Config) -> None:
         elastic.check(config, launcher or "horovodrun")
 
 
+def _shorter(time: str | None, other: str) -> str | None:
+    """The shorter of two time limits; None: what the cluster has."""
+    seconds, most = limit_seconds(time or "0"), limit_seconds(other)
+    return other if seconds is not None and most is not None and seconds > most else time
+
+
 def limit_seconds(text: str) -> int | None:
     """A time limit as sbatch reads it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None for no
     limit, and for what only sbatch understands."""
@@ -251,7 +271,7 @@ def options_of(config: Config, job: BatchJob, place: Place) -> dict[str, str | N
     numbered = "%A_%a" if job.kind == "sweep" else "%j"
     folder = str(place.own).replace("%", "%%")
     options: dict[str, str | None] = {
-        "job-name": job_title(config.name) + ("" if job.kind == "job" else f"-{job.name}"),
+        "job-name": f"{job_title(config.name)}-{job.name}",
         "chdir": str(place.directory),
         "output": f"{folder}/%x-{numbered}.out",
         "open-mode": "append",
@@ -266,9 +286,9 @@ def options_of(config: Config, job: BatchJob, place: Place) -> dict[str, str | N
         "account": slurm.account,
         "partition": slurm.partition,
         "qos": slurm.qos,
-        "constraint": slurm.constraint,
+        "constraint": None if job.kind == "gather" else slurm.constraint,
         "reservation": slurm.reservation,
-        "time": slurm.time,
+        "time": _shorter(slurm.time, _REPORT_TIME) if job.kind == "gather" else slurm.time,
     }
     options |= {name: value for name, value in named.items() if value is not None}
     options |= _end(slurm, job)

@@ -34,6 +34,7 @@ from launch.jobs import JobList, Submitted, ask, job_states, list_lock, read_lis
 from launch.slurm import (
     BatchJob,
     Place,
+    idle_gpus,
     job_title,
     nodes_for,
     options_of,
@@ -63,6 +64,8 @@ def submit(request: SubmitRequest) -> int:
         raise LaunchError(f"slurm.setup = {setup}: there is no such file")
     place = Place(directory.path, Path.cwd(), sys.executable)
     graph = build_graph(request, overrides, config, plan, place)
+    if idle := idle_gpus(config):
+        print(f"harness: warning: {idle}", file=sys.stderr)
     created = not directory.path.exists()
     with _writing(directory):
         _check_directory(directory, config, request)  # again, now that nobody else can submit here

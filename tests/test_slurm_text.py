@@ -29,6 +29,7 @@ from launch.slurm import (
     Place,
     chain,
     gather,
+    idle_gpus,
     job_title,
     limit_seconds,
     nodes_for,
@@ -41,7 +42,7 @@ from launch.slurm import (
 
 DEMO = ROOT / "configs" / "adabatch-digits.yaml"
 GOLDEN = ROOT / "tests" / "golden" / "slurm"
-PLACE = Place(Path("/work/runs/digits"), Path("/work"), "/opt/harness/bin/python")
+PLACE = Place(Path("/scratch/runs/digits"), Path("/scratch"), "/opt/harness/bin/python")
 ACCEPT = "HARNESS_ACCEPT"
 
 
@@ -220,6 +221,37 @@ def test_options_of_the_user_beat_those_of_the_sections() -> None:
     assert (options["partition"], options["time"]) == ("b", "20")
 
 
+@pytest.mark.parametrize(
+    ("keys", "time"),
+    [
+        ("{partition: a}", None),
+        ("{time: 20, constraint: a100}", "20"),
+        ("{time: '1-0', constraint: a100}", "30:00"),
+        ("{time: '1-0', options: {time: 60}}", "60"),
+    ],
+)
+def test_a_report_asks_for_no_more_than_it_needs(keys: str, time: str | None) -> None:
+    config = configured(f"slurm={keys}")
+    options = options_of(config, gather([], ["p0"]), PLACE)
+    assert (options.get("time"), options.get("constraint")) == (time, None)
+    assert not {"gpus-per-node", "mem", "signal", "exclusive"} & set(options)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (("ranks.start=1",), None),
+        (("slurm.gpus_per_node=2", "ranks={start: 2, per_node: 2}"), None),
+        (("slurm.gpus_per_node='a100:4'", "ranks={start: 2, max: 8, per_node: 2}"), "keep 2 of"),
+        (("slurm.gpus_per_node=2", "launch.ranks_per_gpu=2", "ranks={start: 1, max: 2}"),
+         "2 ranks on a node with launch.ranks_per_gpu = 2 keep 1 of them busy"),
+    ],
+)  # fmt: skip
+def test_gpus_that_no_rank_uses_are_told(overrides: tuple[str, ...], told: str | None) -> None:
+    said = idle_gpus(configured(*overrides))
+    assert said is None if told is None else told in (said or "")
+
+
 def test_a_percent_sign_in_a_path_is_not_a_pattern() -> None:
     place = Place(Path("/r/50%j"), Path("/r"), "python")
     options = options_of(configured(), BatchJob("job-0", "job", 2, 1), place)
@@ -379,7 +411,8 @@ def test_no_line_of_text_ends_its_quotes(text: str) -> None:
         }
     )
     script = render(config, BatchJob("job-0", "job", 2, 1), PLACE)
-    begin, end = script.index("\nmodule load"), script.index("\n# A warning")
+    begin = script.index("\nmodule load")
+    end = script.index('\n"${harness[@]}" run')
     shown = 'module() { printf "%s\\0" "$@"; }\n' + script[begin:end]
     shown += '\nprintf "%s\\0" "${harness[@]}"\n'
     done = subprocess.run(
@@ -483,6 +516,15 @@ def test_a_run_that_a_warning_kills_while_it_starts_is_one_that_stopped(tmp_path
     assert process.wait(timeout=60) == 4
 
 
+def test_a_warning_while_a_job_prepares_itself_is_not_lost(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path)
+    (scratch.cwd / "env.sh").write_text("kill -USR2 $$\n")
+    config = configured("slurm.setup=env.sh")
+    text = render(config, BatchJob("job-0", "job", 2, 1), scratch.place)
+    assert scratch.finish(text, STUB="while :; do sleep 0.02; done", STUB_JOB="4") == 4
+    assert scratch.mark.exists()
+
+
 def test_a_report_is_made_of_the_runs_that_have_begun(tmp_path: Path) -> None:
     scratch = Scratch(tmp_path)
     job = gather([], ["p0", "p1", "p2"])
@@ -573,23 +615,20 @@ def test_nodes_are_just_enough(ranks: int, per_node: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "ranks", "nodes"),
+    ("overrides", "ranks", "nodes"),
     [
-        ("slurm={gpus_per_node: 4}", 4, 1),
-        ("slurm={gpus_per_node: 'a100:2'}", 3, "set ranks.per_node=2"),
-        ("{slurm: {gpus_per_node: 2}, launch: {ranks_per_gpu: 2}}", 4, 1),
-        ("{slurm: {gpus_per_node: 2}, ranks: {start: 2, per_node: 2}}", 5, 3),
-        ("{slurm: {gpus_per_node: 2}, ranks: {start: 2, per_node: 4}}", 2, 1),
-        ("{slurm: {gpus_per_node: 2}, ranks: {start: 2, per_node: 4}}", 3, "ranks.per_node=2"),
+        (("slurm.gpus_per_node=4",), 4, 1),
+        (("slurm.gpus_per_node='a100:2'",), 3, "set ranks.per_node=2"),
+        (("slurm.gpus_per_node=2", "launch.ranks_per_gpu=2"), 4, 1),
+        (("slurm.gpus_per_node=2", "ranks={start: 2, per_node: 2}"), 5, 3),
+        (("slurm.gpus_per_node=2", "ranks={start: 2, per_node: 4}"), 2, 1),
+        (("slurm.gpus_per_node=2", "ranks={start: 2, per_node: 4}"), 3, "ranks.per_node=2"),
     ],
 )
-def test_ranks_fit_the_gpus_of_a_node(keys: str, ranks: int, nodes: int | str) -> None:
-    import yaml
-
-    data = yaml.safe_load(keys if keys.startswith("{") else keys.replace("=", ": ", 1))
-    config = configured(
-        *(f"{key}={yaml.safe_dump(v, default_flow_style=True)}" for key, v in data.items())
-    )
+def test_ranks_fit_the_gpus_of_a_node(
+    overrides: tuple[str, ...], ranks: int, nodes: int | str
+) -> None:
+    config = configured(*overrides)
     if isinstance(nodes, str):
         with pytest.raises(LaunchError, match=nodes):
             nodes_for(config, ranks)
