@@ -27,7 +27,7 @@ from harness import environment
 from harness.comm.base import Communicator, allgather_bytes, allreduce, broadcast_bytes
 from harness.comm.together import together
 from harness.errors import LaunchError, PeerLost, RankFailure
-from harness.records import RunDirectory, write_atomic
+from harness.records import RunDirectory, now, write_atomic
 from harness.wording import counted
 
 _NOTICE = 10.0  # seconds in which the driver, which looks at hosts once a second, tells of new ones
@@ -60,6 +60,8 @@ class Membership:
         self._lost_one = False
         self.reason: str | None = None
         """Why the world before this one was left; None for a process that saw none."""
+        self.lost_at: str | None = None
+        """When it was left, if that was because a rank was lost."""
         from harness.comm.horovod import listen_for_hosts
 
         listen_for_hosts(self._news.set)
@@ -137,6 +139,7 @@ class Membership:
         self._worlds += 1
         environment.launched_now()
         self.reason, self._lost_one = reason.partition(". ")[0], lost_one
+        self.lost_at = now() if lost_one else None
         self._news.clear()  # what comes from here on is not in the place that the driver gives
         answer = _ask_store("GET", f"/rank_and_size/{environment.elastic_slot()}")
         numbers = [int(word) for word in (answer or b"-1").split(b",")]

@@ -176,6 +176,9 @@ def _run(
             state = resumed.state
             together(comm, lambda: trainer.load_state_dict(state))
         if comm.rank == 0:
+            if membership is not None and membership.lost_at is not None:
+                said = {"reason": membership.reason, "rank": None, "host": None}
+                journal.event("fault", trainer.clock.updates, time=membership.lost_at, **said)
             _introduce(config, run, comm, trainer, journal, resumed)
             if tuned is not None:
                 journal.event("autotune", trainer.clock.updates, **tuned.as_dict())

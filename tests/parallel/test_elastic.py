@@ -243,6 +243,9 @@ def test_a_rank_that_dies_is_done_without(victim: int, undisturbed: Path, place:
     first = events(place / "run", "resume")[0]
     assert first["updates_repeated"] > 0
     assert first["checkpoint"] == "update-00000020.pt"
+    fault = events(place / "run", "fault")[0]
+    assert fault["reason"] == events(place / "run", "regroup")[0]["reason"]
+    assert fault["time"] < first["time"]
 
 
 def test_a_spare_host_takes_the_place_of_one_that_failed(undisturbed: Path, place: Path) -> None:
