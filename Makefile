@@ -7,16 +7,14 @@ export PATH := $(VENV)/bin:$(PATH)
 ARGS ?=
 # Test processes side by side.
 JOBS ?= 2
-# What takes half an hour by itself, needs root, or both.
-CLUSTER := tests/slurm $(patsubst %,tests/parallel/test_%.py,across_hosts elastic failures \
-	probe_ranks testbed)
+WHICH := -m "not long"
 PYTEST := $(VENV)/bin/python -m pytest
 # ARGS may select none of a part's tests, which is 5 to pytest.
 NONE := $(if $(ARGS),|| [ $$$$? = 5 ])
 SOURCES := harness launch tests benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cluster test-fast lint clean
+.PHONY: help setup demo test test-all test-fast lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,12 +28,12 @@ demo: setup ## a short adaptive-batch run on 2 ranks, with its report
 	@$(VENV)/bin/harness run configs/adabatch-digits.yaml --ranks 2 $(ARGS)
 
 # Those that start ranks need the cores for themselves.
-test: setup ## all tests but those of test-cluster; ARGS="-k name" for some
-	@$(PYTEST) tests/parallel $(foreach path,$(CLUSTER),--ignore $(path)) $(ARGS) $(NONE)
-	@OMP_NUM_THREADS=1 $(PYTEST) --ignore tests/parallel --ignore tests/slurm -n $(JOBS) $(ARGS) $(NONE)
+test: setup ## all tests but the longest; ARGS="-k name" for some
+	@$(PYTEST) tests/parallel tests/slurm $(WHICH) $(ARGS) $(NONE)
+	@OMP_NUM_THREADS=1 $(PYTEST) --ignore tests/parallel --ignore tests/slurm -n $(JOBS) $(WHICH) $(ARGS) $(NONE)
 
-test-cluster: setup ## tests on hosts and a Slurm of their own, of failures and of elastic worlds
-	@$(PYTEST) $(CLUSTER) $(ARGS) $(NONE)
+test-all: setup ## the longest too
+	@$(MAKE) --no-print-directory test WHICH=
 
 test-fast: setup ## the tests that take a few seconds at most
 	@OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n $(JOBS) $(ARGS)

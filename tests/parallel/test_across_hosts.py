@@ -120,6 +120,7 @@ def test_a_host_that_is_switched_off_is_made_up_for(alone: Path, tmp_path: Path)
     assert identical(weights(directory), weights(alone))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_host_on_which_launches_fail_again_and_again_is_left_out(
     bed: Testbed, alone: Path, tmp_path: Path

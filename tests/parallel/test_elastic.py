@@ -227,7 +227,7 @@ def test_a_host_that_comes_and_goes_changes_nothing(undisturbed: Path, place: Pa
     assert reasons == ["the hosts have changed"] * 2
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_rank_that_dies_is_done_without(victim: int, undisturbed: Path, place: Path) -> None:
     (place / "brake").touch()
     with ElasticJob(place / "run", [ONE, OTHER], ranks=2) as job:
@@ -262,6 +262,7 @@ def test_a_spare_host_takes_the_place_of_one_that_failed(undisturbed: Path, plac
     assert_same_training(place / "run", undisturbed)
 
 
+@pytest.mark.long
 def test_a_rank_dies_while_the_others_wait_for_a_new_one(undisturbed: Path, place: Path) -> None:
     """The newcomer is killed before it has joined: the one that waits for it goes on alone."""
     (place / "brake").touch()
@@ -306,6 +307,7 @@ def test_harness_run_grows_in_place_and_restarts_what_horovod_gives_up(
     assert not events(place / "run", "stop")
 
 
+@pytest.mark.long
 def test_a_host_that_is_switched_off_is_replaced(
     undisturbed: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,11 +41,12 @@ def supervised(run_dir: Path, ranks: int | None, *settings: str, restarts: int =
 
 
 @pytest.mark.timeout(900)
-def test_ten_kills_under_one_supervisor_change_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2, pytest.param(10, marks=pytest.mark.long)])
+def test_kills_under_one_supervisor_change_nothing(count: int, tmp_path: Path) -> None:
     train(tmp_path / "undisturbed", 4, *SETTINGS)
     directory = tmp_path / "run"
     choice = random.Random(6)
-    kills = sorted(choice.sample(range(1, UPDATES - 30), 10))
+    kills = sorted(choice.sample(range(1, UPDATES - 30), count))
     victims = [choice.randrange(4) for _ in kills]
     with Job(directory, *supervised(directory, 4, *SETTINGS)) as job:
         for number, (update, victim) in enumerate(zip(kills, victims, strict=True), start=1):
@@ -59,9 +60,9 @@ def test_ten_kills_under_one_supervisor_change_nothing(tmp_path: Path) -> None:
     faults = events(directory, "fault")
     assert [event["rank"] for event in faults] == victims
     assert all("SIGKILL" in event["reason"] for event in faults)
-    assert [event["restart"] for event in events(directory, "restart")] == list(range(1, 11))
+    assert [event["restart"] for event in events(directory, "restart")] == list(range(1, count + 1))
     resumed = events(directory, "resume")
-    assert len(resumed) == 10
+    assert len(resumed) == count
     # A checkpoint every 7 updates: no more than those since the last one are done again.
     assert all(0 <= event["updates_repeated"] <= 7 for event in resumed)
     assert all(event["start_seconds"] > 0 for event in resumed)
@@ -107,7 +108,11 @@ def net(num_classes):
     ("ending", "word"),
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
-        ("raise RuntimeError('this GPU has fallen off the bus')", "fallen off the bus"),
+        pytest.param(
+            "raise RuntimeError('this GPU has fallen off the bus')",
+            "fallen off the bus",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_crash_loop_stops_with_the_last_words(ending: str, word: str, tmp_path: Path) -> None:

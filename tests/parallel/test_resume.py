@@ -39,10 +39,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_twenty_kills_at_random_updates_change_nothing(undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.long)])
+def test_kills_at_random_updates_change_nothing(
+    count: int, undisturbed: Path, tmp_path: Path
+) -> None:
     directory = tmp_path / "run"
     choice = random.Random(2026)
-    kills = sorted(choice.sample(range(1, UPDATES - 30), 20))
+    kills = sorted(choice.sample(range(1, UPDATES - 30), count))
     for attempt, update in enumerate(kills):
         victim = choice.randrange(2)
         with Job(directory, *run_arguments(directory, 2, *SETTINGS, resume=attempt > 0)) as job:
@@ -54,7 +57,7 @@ def test_twenty_kills_at_random_updates_change_nothing(undisturbed: Path, tmp_pa
         assert "SIGKILL" in output
     train(directory, 2, *SETTINGS, resume=True)
     assert_same_run(directory, undisturbed)
-    assert len(events(directory, "resume")) == 20
+    assert len(events(directory, "resume")) == count
 
 
 @pytest.mark.slow
@@ -167,6 +170,7 @@ def test_a_stop_request_during_start_up_is_not_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_in_a_later_segment_it_goes_on_with_the_ranks_of_late(tmp_path: Path) -> None:
     growing = (
         "comm={compression: none, summation: exact}",

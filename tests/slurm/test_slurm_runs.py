@@ -119,7 +119,14 @@ def test_a_chain_of_jobs_grows_from_node_to_node(
 Fault = Callable[[SlurmRun, str], None]
 
 
-@pytest.mark.parametrize("fault", slurmruns.FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, marks=pytest.mark.long) if fault is slurmruns.switched_off else fault
+        for fault in slurmruns.FAULTS
+    ],
+    ids=lambda fault: fault.__name__,
+)
 def test_a_run_comes_back_from_a_fault(
     fault: Fault, cluster: SlurmBed, alone: Path, tmp_path: Path
 ) -> None:
