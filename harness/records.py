@@ -290,12 +290,25 @@ def furthest(run: RunDirectory) -> tuple[int, int]:
 
 def _last_line(path: Path) -> Record | None:
     """The last whole line of a JSON Lines file that may be too long to read."""
-    if not path.exists():
-        return None
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 2**16))
-        whole = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+    whole = _whole_lines(path, 2**16)
     return _parse(whole[-1]) if whole else None
+
+
+def last_records(path: Path, size: int) -> list[Record]:
+    """Records at the end of a JSON Lines file, in its last ``size`` bytes; the first line in there,
+    which may be half a line, is left out with all that are broken."""
+    records = map(_parse, _whole_lines(path, size))
+    return [record for record in records if record is not None]
+
+
+def _whole_lines(path: Path, size: int) -> list[bytes]:
+    """Lines with an end among the last ``size`` bytes of a file; the first may lack its start."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - size))
+        # Not splitlines, for which a carriage return ends a line too.
+        return [line + b"\n" for line in file.read().split(b"\n")[:-1]]
 
 
 def spread_lines(path: Path, at_most: int) -> tuple[list[Record | None], int]:

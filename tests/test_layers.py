@@ -44,6 +44,7 @@ ABOVE_THE_LINE = (
     "harness.schedule.costs",
     "harness.schedule.table",
     "harness.records",
+    "harness.tensorboard",
     "harness.resume",
     "harness.report",
 )
