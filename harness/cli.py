@@ -115,6 +115,18 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="for programs")
     status.set_defaults(run=_status)
 
+    watch = commands.add_parser("watch", help="a running job, live, from its files")
+    watch.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="or a directory of several")
+    watch.add_argument("--once", action="store_true", help="print it once and stop")
+    watch.add_argument(
+        "--interval",
+        type=float,
+        metavar="S",
+        default=1.0,
+        help="seconds between looks (default: 1)",
+    )
+    watch.set_defaults(run=_watch)
+
     report = commands.add_parser("report", help="one page from one or more run directories")
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
     report.add_argument("-o", "--out", type=Path, metavar="DIR", help="default: RUN_DIR/report")
@@ -280,6 +292,12 @@ def _status(options: argparse.Namespace) -> int:
 
     print_status(options.run_dir, options.json)
     return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from harness.watch import watch
+
+    return watch(options.run_dir, options.once, options.interval)
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -46,6 +46,9 @@ ABOVE_THE_LINE = (
     "harness.records",
     "harness.tensorboard",
     "harness.resume",
+    "harness.standing",
+    "harness.follow",
+    "harness.watch",
     "harness.report",
 )
 BELOW_THE_LINE = (
