@@ -1,4 +1,4 @@
-"""Where a run stands, by its records, and the words for it: for ``harness status`` and ``watch``."""
+"""Where a run stands, by its records, in the words of ``harness status`` and ``harness watch``."""
 
 from __future__ import annotations
 

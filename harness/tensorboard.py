@@ -83,8 +83,8 @@ class Scalars:
     """Appends scalars to a new event file of a run."""
 
     def __init__(self, run: RunDirectory, samples_seen: int) -> None:
-        """Take back what is there from ``samples_seen`` on and write that part of the records again,
-        or all of them where the run had no scalars so far."""
+        """Take back what is there from ``samples_seen`` on, and write that part of the records
+        again, or all of them where the run had no scalars so far."""
         from tensorboard.compat.proto import event_pb2, summary_pb2
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary

@@ -1,6 +1,6 @@
 """``harness watch``: a running job, from its files alone.
 
-It reads; it takes no lock, asks no process and writes nothing, so it works wherever the run directory
+It reads; it takes no lock, asks no process and writes nothing, so it works wherever the directory
 can be seen, and several can watch the same run.
 """
 
@@ -479,8 +479,8 @@ def _cells(run: Watched) -> list[str]:
 
 
 def sparkline(curve: Sequence[tuple[float, float]], width: int = _SPARKS) -> str:
-    """Means of (place, value) points over equal parts of the places, lowest to highest; a blank
-    where there is none."""
+    """Means of (place, value) points over equal parts of the places, lowest to highest; a part
+    without a point looks like the one before."""
     blocks = _BLOCKS if _can_print(_BLOCKS) else _ASCII
     width = min(width, len(curve))
     first, last = min(place for place, _ in curve), max(place for place, _ in curve)
@@ -488,13 +488,12 @@ def sparkline(curve: Sequence[tuple[float, float]], width: int = _SPARKS) -> str
     for place, value in curve:
         where = (place - first) / (last - first) if last > first else 1.0
         bins[min(int(where * width), width - 1)].append(value)
-    means = [statistics.fmean(values) if values else None for values in bins]
-    known = [mean for mean in means if mean is not None]
-    low, high = min(known), max(known)
+    means: list[float] = []
+    for values in bins:
+        means.append(statistics.fmean(values) if values else means[-1])  # the first has a point
+    low, high = min(means), max(means)
     top = len(blocks) - 1
-    return "".join(
-        " " if mean is None else blocks[round(top * _between(low, mean, high))] for mean in means
-    )
+    return "".join(blocks[round(top * _between(low, mean, high))] for mean in means)
 
 
 def _between(low: float, value: float, high: float) -> float:
