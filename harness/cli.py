@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, UsageError
 
 _OVERRIDES = "settings laid over the file, such as batch.initial=128"
 
@@ -190,6 +190,17 @@ def _add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     probe.add_argument(
         "-o", "--out", type=Path, metavar="DIR", help="write probe.json and probe.csv there"
     )
+    probe.add_argument(
+        "--gradient-mb",
+        type=float,
+        action="append",
+        default=[],
+        metavar="MIB",
+        help="advise on a gradient of this size; can be given several times",
+    )
+    probe.add_argument(
+        "--read", type=Path, metavar="DIR", help="measure nothing, print what -o DIR has written"
+    )
     probe.set_defaults(run=_probe)
 
 
@@ -272,8 +283,13 @@ def _submit(options: argparse.Namespace) -> int:
 
 
 def _probe(options: argparse.Namespace) -> int:
-    from launch.probe import ProbeRequest, probe
+    from launch.probe import ProbeRequest, probe, read
 
+    if options.read is not None:
+        names = ("ranks", "hosts", "hostfile", "launcher", "out")
+        if given := [f"--{name}" for name in names if getattr(options, name) is not None]:
+            raise UsageError(f"--read measures nothing; leave out {', '.join(given)}")
+        return read(options.read, options.gradient_mb)
     return probe(
         ProbeRequest(
             ranks=options.ranks,
@@ -283,6 +299,7 @@ def _probe(options: argparse.Namespace) -> int:
             max_mb=options.max_mb,
             seconds=options.seconds,
             out=options.out,
+            gradients_mb=tuple(options.gradient_mb),
         )
     )
 

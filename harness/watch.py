@@ -138,7 +138,7 @@ def _lines(watched: Watched | Several, interval: float) -> None:
     console = _plain_console()
     watched.refresh()
     console.print(Group(*watched.show()))
-    watched.news()
+    list(watched.news())  # has just been shown
     while not watched.over:
         sys.stdout.flush()
         time.sleep(interval)
@@ -526,10 +526,11 @@ def _event_line(event: Record) -> str:
     parts = [one_line(stamp[:19])] if isinstance(stamp, str) else []
     parts.append(str(event["kind"]))
     about = [one_line(reason, 200)] if isinstance(reason, str) else []
-    for name, word in (("stage", "stage {}"), ("global_batch", "batch {}"), ("ranks", "{} ranks")):
-        value = event.get(name)
-        if isinstance(value, int):
-            about.append(word.format(value))
+    for name, word in (("stage", "stage {}"), ("global_batch", "batch {}")):
+        if isinstance(event.get(name), int):
+            about.append(word.format(event[name]))
+    if isinstance(event.get("ranks"), int):
+        about.append(counted(event["ranks"], "rank"))
     return " ".join(parts) + (f": {', '.join(about)}" if about else "")
 
 
