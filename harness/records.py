@@ -5,6 +5,7 @@
     events.jsonl    stage changes and why, evaluations, checkpoints, faults, restarts
     layers.jsonl    per-layer ‖w‖, ‖∇w‖ and trust ratio, where train.layers_every asks for it
     checkpoints/    update-00001234.pt and its digest
+    tensorboard/    a copy of metrics and evaluations as TensorBoard's event files
     failures/       the last words of ranks that failed
     report/         index.html, summary.json, *.csv, *.svg
 

@@ -194,7 +194,6 @@ def test_a_slow_link_between_hosts_carries_no_more_than_its_rate(
     assert hosts == ["n1", "n2"]
     large = {t["operation"]: t for t in found["timings"] if t["bytes"] == 2**20}
     assert large.keys() == EVERY
-    assert found["verdict"]["fp16"]["pays"] is not False  # few rounds, they may not tell
     for name in ("horovod", "torch_gloo"):
         line = found["verdict"]["fits"][name]["pieces"][-1]
         assert line["beta_seconds_per_byte"][2] > 0.5 * 8 / LINK, name
