@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, UsageError
 
 _OVERRIDES = "settings laid over the file, such as batch.initial=128"
 
@@ -115,6 +115,18 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="for programs")
     status.set_defaults(run=_status)
 
+    watch = commands.add_parser("watch", help="a running job, live, from its files")
+    watch.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="or a directory of several")
+    watch.add_argument("--once", action="store_true", help="print it once and stop")
+    watch.add_argument(
+        "--interval",
+        type=float,
+        metavar="S",
+        default=1.0,
+        help="seconds between looks (default: 1)",
+    )
+    watch.set_defaults(run=_watch)
+
     report = commands.add_parser("report", help="one page from one or more run directories")
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
     report.add_argument("-o", "--out", type=Path, metavar="DIR", help="default: RUN_DIR/report")
@@ -177,6 +189,17 @@ def _add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     probe.add_argument(
         "-o", "--out", type=Path, metavar="DIR", help="write probe.json and probe.csv there"
+    )
+    probe.add_argument(
+        "--gradient-mb",
+        type=float,
+        action="append",
+        default=[],
+        metavar="MIB",
+        help="advise on a gradient of this size; can be given several times",
+    )
+    probe.add_argument(
+        "--read", type=Path, metavar="DIR", help="measure nothing, print what -o DIR has written"
     )
     probe.set_defaults(run=_probe)
 
@@ -260,8 +283,13 @@ def _submit(options: argparse.Namespace) -> int:
 
 
 def _probe(options: argparse.Namespace) -> int:
-    from launch.probe import ProbeRequest, probe
+    from launch.probe import ProbeRequest, probe, read
 
+    if options.read is not None:
+        names = ("ranks", "hosts", "hostfile", "launcher", "out")
+        if given := [f"--{name}" for name in names if getattr(options, name) is not None]:
+            raise UsageError(f"--read measures nothing; leave out {', '.join(given)}")
+        return read(options.read, options.gradient_mb)
     return probe(
         ProbeRequest(
             ranks=options.ranks,
@@ -271,6 +299,7 @@ def _probe(options: argparse.Namespace) -> int:
             max_mb=options.max_mb,
             seconds=options.seconds,
             out=options.out,
+            gradients_mb=tuple(options.gradient_mb),
         )
     )
 
@@ -280,6 +309,12 @@ def _status(options: argparse.Namespace) -> int:
 
     print_status(options.run_dir, options.json)
     return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from harness.watch import watch
+
+    return watch(options.run_dir, options.once, options.interval)
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -7,15 +7,22 @@ from typing import Any
 
 from harness import checkpoint
 from harness.records import TRAJECTORY_EVENTS, JsonlWriter, Position, RunDirectory, now
+from harness.tensorboard import Scalars
 
 
 class Journal:
     """The records of a run while it goes on; on ranks other than 0 every method does nothing."""
 
     def __init__(
-        self, run: RunDirectory, writes: bool, keep_checkpoints: int, position: Position
+        self,
+        run: RunDirectory,
+        writes: bool,
+        keep_checkpoints: int,
+        position: Position,
+        scalars: Scalars | None = None,
     ) -> None:
-        """``position``: how much of the records is there already, for a run that goes on."""
+        """``position``: how much of the records is there already, for a run that goes on;
+        ``scalars``: a copy for TensorBoard, closed with the journal."""
         self._run = run
         self._keep = keep_checkpoints
         self._lines, self._trajectory = position.metrics, position.events
@@ -23,18 +30,23 @@ class Journal:
         self._metrics = JsonlWriter(run.metrics) if writes else None
         self._events = JsonlWriter(run.events) if writes else None
         self._layers: JsonlWriter | None = None  # few runs have it
+        self._scalars = scalars
 
     def event(self, kind: str, update: int, **fields: Any) -> None:
         """Append a line to events.jsonl. ``update``: the last one that it depends on."""
         if self._events is not None:
             self._trajectory += kind in TRAJECTORY_EVENTS
             self._events.append({"kind": kind, "update": update, "time": now(), **fields})
+            if kind == "evaluation" and self._scalars is not None:
+                self._scalars.evaluation(fields)
 
     def metrics(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
         if self._metrics is not None:
             self._lines += 1
             self._metrics.append(line)
+            if self._scalars is not None:
+                self._scalars.line(line)
 
     def layers(self, line: dict[str, Any]) -> None:
         """Append a line to layers.jsonl, which the first one creates."""
@@ -48,8 +60,9 @@ class Journal:
         if self._metrics is None or self._events is None:
             return
         self._metrics.sync()
-        if self._layers is not None:
-            self._layers.sync()
+        for copy in (self._layers, self._scalars):
+            if copy is not None:
+                copy.sync()
         events = self._events
         # The checkpoint's own event is written before the checkpoint gets its name.
         position = Position(self._lines, self._trajectory + 1, self._layer_lines)
@@ -68,7 +81,7 @@ class Journal:
         )
 
     def close(self) -> None:
-        for writer in (self._metrics, self._events, self._layers):
+        for writer in (self._metrics, self._events, self._layers, self._scalars):
             if writer is not None:
                 writer.sync()
                 writer.close()

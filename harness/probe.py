@@ -14,25 +14,19 @@ a time.
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import itertools
 import math
 import os
 import random
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.measure import Measurement as Width
-from rich.table import Table
 from torch import Tensor, nn
 
 from harness import environment
@@ -41,6 +35,21 @@ from harness.comm import Communicator, allreduce, mpi, open_communicator
 from harness.compression import build_codec
 from harness.errors import HarnessError, LaunchError, StoppedEarly
 from harness.last_words import leave_last_words
+from harness.probe_results import (
+    GLOO,
+    HOROVOD,
+    HOROVOD_BROADCAST,
+    HOROVOD_FP16,
+    MPI_ALONE,
+    MPI_BESIDE,
+    OPERATIONS,
+    Operation,
+    Timing,
+    as_csv,
+    in_order,
+    print_tables,
+    shown_size,
+)
 from harness.provenance import collect
 from harness.records import RunDirectory, write_atomic, write_json
 from harness.schema import Comm
@@ -53,82 +62,7 @@ WARM_UP = 2
 """Rounds that are not counted: the first agrees on buffers, the second is the first to use them."""
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 200
-_COLUMNS = (
-    *("operation", "collective", "bytes", "ranks", "rounds"),
-    *("median_seconds", "lower_quartile_seconds", "upper_quartile_seconds"),
-    *("algorithm_gb_per_s", "bus_gb_per_s"),
-)
-_WIDE = 200  # columns where no terminal sets them
 _CLOSE = 0.01  # of fp16's sums, which are rounded from 2,048 ranks on
-
-
-@dataclass(frozen=True)
-class Operation:
-    name: str
-    """In the files."""
-    label: str
-    """In the table."""
-    collective: Literal["allreduce", "broadcast"] = "allreduce"
-
-
-MPI_ALONE = Operation("mpi_alone", "MPI alone")
-MPI_BESIDE = Operation("mpi", "MPI beside")
-HOROVOD = Operation("horovod", "Horovod")
-HOROVOD_FP16 = Operation("horovod_fp16", "Horovod fp16")
-HOROVOD_BROADCAST = Operation("horovod_broadcast", "Horovod broadcast", "broadcast")
-GLOO = Operation("torch_gloo", "torch Gloo")
-OPERATIONS = (MPI_ALONE, MPI_BESIDE, HOROVOD, HOROVOD_FP16, HOROVOD_BROADCAST, GLOO)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """An operation's times with messages of one size."""
-
-    operation: Operation
-    bytes: int
-    """Of the float32 tensor; what travels of it as fp16 is half of that."""
-    ranks: int
-    seconds: tuple[float, ...]
-    """The slowest rank's, for each round."""
-
-    @property
-    def quartiles(self) -> tuple[float, float, float]:
-        """Lower quartile, median, upper quartile in seconds."""
-        low, middle, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return low, middle, high
-
-    @property
-    def algorithm_bandwidth(self) -> float:
-        """Bytes of the message in a second, at the median."""
-        return self.bytes / self.quartiles[1]
-
-    @property
-    def bus_bandwidth(self) -> float | None:
-        """Bytes in a second that a rank's link must carry at least; None for a single rank.
-
-        As NVIDIA's nccl-tests define it (doc/PERFORMANCE.md), so that it can be compared with the
-        hardware's whatever the number of ranks.
-        """
-        factor = bus_factor(self.operation.collective, self.ranks)
-        return self.algorithm_bandwidth * factor if self.ranks > 1 else None
-
-    def as_dict(self) -> dict[str, Any]:
-        low, middle, high = self.quartiles
-        return {
-            "operation": self.operation.name,
-            "bytes": self.bytes,
-            "median": middle,
-            "lower_quartile": low,
-            "upper_quartile": high,
-            "algorithm_bandwidth": self.algorithm_bandwidth,
-            "bus_bandwidth": self.bus_bandwidth,
-            "seconds": list(self.seconds),
-        }
-
-
-def bus_factor(collective: Literal["allreduce", "broadcast"], ranks: int) -> float:
-    """Bus bandwidth over algorithm bandwidth: 2(n − 1)/n for allreduce, 1 for broadcast."""
-    return 2 * (ranks - 1) / ranks if collective == "allreduce" else 1.0
 
 
 def message_sizes(max_mb: int) -> tuple[int, ...]:
@@ -456,98 +390,6 @@ def _mpi_library() -> str | None:
     from mpi4py import MPI
 
     return MPI.Get_library_version().strip("\0\n ")
-
-
-# Tables
-
-
-def in_order(timings: Iterable[Timing]) -> list[Timing]:
-    """By size, and within one as the operations are listed."""
-    return sorted(timings, key=lambda one: (one.bytes, OPERATIONS.index(one.operation)))
-
-
-def as_csv(timings: Iterable[Timing]) -> str:
-    """A line for each operation and size; bandwidths in GB/s, which are 10^9 bytes a second."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    for one in timings:
-        low, middle, high = one.quartiles
-        bus = one.bus_bandwidth
-        about = (one.operation.name, one.operation.collective, one.bytes, one.ranks)
-        measured = [middle, low, high, one.algorithm_bandwidth / 1e9]
-        measured += [] if bus is None else [bus / 1e9]
-        numbers = [f"{value:.6g}" for value in measured]
-        writer.writerow((*about, len(one.seconds), *numbers, *([""] if bus is None else [])))
-    return text.getvalue()
-
-
-def print_tables(
-    title: str,
-    timings: Sequence[Timing],
-    left_out: Mapping[str, str],
-    console: Console | None = None,
-) -> None:
-    """Print times and bus bandwidths, a column for each operation; a narrow terminal gets medians
-    without their quartiles."""
-    # A launcher may give its ranks a terminal of its own; how wide the real one is, the launching
-    # process says.
-    columns = os.environ.get("COLUMNS", "")
-    width = int(columns) if columns.isdigit() else _WIDE
-    target = console or Console(width=width, force_terminal=False, color_system=None)
-    times = _table(timings, lambda one: shown_time(one.quartiles))
-    heading = "time, median (quartiles)"
-    if Width.get(target, target.options.update(max_width=_WIDE), times).maximum > target.width:
-        times, heading = _table(timings, lambda one: shown_time(one.quartiles[1:2])), "median time"
-    _say(target, f"{title}: {heading}")
-    target.print(times)
-    _say(target, "bus bandwidth, GB/s (of the float32 bytes; as nccl-tests define it)")
-    target.print(_table(timings, _shown_bandwidth))
-    for label, why in left_out.items():
-        _say(target, f"{label} is not measured: {why}")
-
-
-def _say(target: Console, sentence: str) -> None:
-    target.print(sentence, highlight=False, markup=False, soft_wrap=True)
-
-
-def _table(timings: Sequence[Timing], cell: Callable[[Timing], str]) -> Table:
-    present = [one for one in OPERATIONS if any(t.operation == one for t in timings)]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    for heading in ("size", *(one.label for one in present)):
-        table.add_column(heading, justify="right")
-    found = {(one.bytes, one.operation): one for one in timings}
-    for size in sorted({one.bytes for one in timings}):
-        cells = [cell(found[size, one]) if (size, one) in found else "" for one in present]
-        table.add_row(shown_size(size), *cells)
-    return table
-
-
-def _shown_bandwidth(timing: Timing) -> str:
-    bus = timing.bus_bandwidth
-    return "-" if bus is None else f"{bus / 1e9:.3f}" if bus < 1e9 else f"{bus / 1e9:.2f}"
-
-
-def shown_time(seconds: Sequence[float]) -> str:
-    """A median, or quartiles with the median first, in the unit that fits the median."""
-    median = seconds[len(seconds) // 2]
-    unit, factor = ("s", 1.0) if median >= 1 else ("ms", 1e3) if median >= 1e-3 else ("µs", 1e6)
-    words = [_three_digits(value * factor) for value in seconds]
-    if len(words) == 1:
-        return f"{words[0]} {unit}"
-    return f"{words[1]} ({words[0]}-{words[2]}) {unit}"
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def shown_size(size: int) -> str:
-    """Bytes in the largest unit that they fill: 4 B, 16 KiB, 64 MiB."""
-    for unit, name in ((2**20, "MiB"), (2**10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:g} {name}"
-    return f"{size} B"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

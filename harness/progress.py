@@ -45,7 +45,9 @@ class Status:
 
     def short(self) -> str:
         """The most telling first: a narrow terminal cuts the end."""
-        return f"{100 * self.fraction:3.0f} %  ETA {_duration(self.eta_seconds)}  {self.line()}"
+        return (
+            f"{100 * self.fraction:3.0f} %  ETA {shown_duration(self.eta_seconds)}  {self.line()}"
+        )
 
     def line(self) -> str:
         accuracy = "" if self.accuracy is None else f"  test acc {self.accuracy:6.2%}"
@@ -56,7 +58,7 @@ class Status:
         )
 
 
-def _duration(seconds: float) -> str:
+def shown_duration(seconds: float) -> str:
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -101,7 +103,7 @@ class PlainLines:
         now = time.monotonic()
         if status.news or now - self._last >= self._period:
             self._last = now
-            self.say(f"{status.line()}  ETA {_duration(status.eta_seconds)}")
+            self.say(f"{status.line()}  ETA {shown_duration(status.eta_seconds)}")
 
     def say(self, text: str) -> None:
         print(text, file=self._stream, flush=True)

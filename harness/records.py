@@ -5,6 +5,7 @@
     events.jsonl    stage changes and why, evaluations, checkpoints, faults, restarts
     layers.jsonl    per-layer ‖w‖, ‖∇w‖ and trust ratio, where train.layers_every asks for it
     checkpoints/    update-00001234.pt and its digest
+    tensorboard/    a copy of metrics and evaluations as TensorBoard's event files
     failures/       the last words of ranks that failed
     report/         index.html, summary.json, *.csv, *.svg
 
@@ -266,10 +267,11 @@ def read_jsonl(path: Path) -> Iterator[Record | None]:
         return
     with path.open("rb") as lines:
         for line in lines:
-            yield _parse(line)
+            yield parse_line(line)
 
 
-def _parse(line: bytes) -> Record | None:
+def parse_line(line: bytes) -> Record | None:
+    """The record in a line with its end; None if it is not a complete JSON object."""
     record = None
     if line.endswith(b"\n"):
         with suppress(ValueError, RecursionError):
@@ -290,12 +292,25 @@ def furthest(run: RunDirectory) -> tuple[int, int]:
 
 def _last_line(path: Path) -> Record | None:
     """The last whole line of a JSON Lines file that may be too long to read."""
+    whole = _whole_lines(path, 2**16)
+    return parse_line(whole[-1]) if whole else None
+
+
+def last_records(path: Path, size: int) -> list[Record]:
+    """Records at the end of a JSON Lines file, in its last ``size`` bytes; the first line in there,
+    which may be half a line, is left out with all that are broken."""
+    records = map(parse_line, _whole_lines(path, size))
+    return [record for record in records if record is not None]
+
+
+def _whole_lines(path: Path, size: int) -> list[bytes]:
+    """Lines with an end among the last ``size`` bytes of a file; the first may lack its start."""
     if not path.exists():
-        return None
+        return []
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 2**16))
-        whole = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
-    return _parse(whole[-1]) if whole else None
+        file.seek(max(0, path.stat().st_size - size))
+        # Not splitlines, for which a carriage return ends a line too.
+        return [line + b"\n" for line in file.read().split(b"\n")[:-1]]
 
 
 def spread_lines(path: Path, at_most: int) -> tuple[list[Record | None], int]:
@@ -311,7 +326,7 @@ def spread_lines(path: Path, at_most: int) -> tuple[list[Record | None], int]:
     count = min(at_most, total)
     chosen = {i * (total - 1) // max(count - 1, 1) for i in range(count)}
     with path.open("rb") as file:
-        return [_parse(line) for i, line in enumerate(file) if i in chosen], total
+        return [parse_line(line) for i, line in enumerate(file) if i in chosen], total
 
 
 @dataclass(frozen=True)

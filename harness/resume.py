@@ -31,6 +31,7 @@ _FREE = frozenset(
         "comm.fusion_mb",
         "comm.yield_when_idle",
         "train.keep_checkpoints",
+        "train.tensorboard",
     }
 )
 _FREE_SECTIONS = ("paper.", "launch.", "slurm.")

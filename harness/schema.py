@@ -673,6 +673,8 @@ class Train(Section):
     """Run the model through torch.compile."""
     sync_batch_norm: bool = False
     """Batch norm over the micro-batches of all ranks, instead of each by itself."""
+    tensorboard: bool | None = None
+    """Write scalars for TensorBoard; null: if its package is installed."""
 
 
 class Config(Section):

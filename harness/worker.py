@@ -47,6 +47,7 @@ from harness.schedule.plan import build_plan
 from harness.schema import Config
 from harness.stop import StopRequest
 from harness.syncbn import convert
+from harness.tensorboard import Scalars, check_installed, open_scalars
 from harness.trainer import Trainer
 
 
@@ -154,7 +155,9 @@ def _run(
             resumed.lines_missing = rewind(run, resumed.position)
             if environment.failure_dir() is None and membership is None:
                 stop.clear()  # else who has started the ranks has done so before
-        journal = Journal(run, comm.rank == 0, config.train.keep_checkpoints, resumed.position)
+        scalars = _scalars(config, run, resumed) if comm.rank == 0 else None
+        keep = config.train.keep_checkpoints
+        journal = Journal(run, comm.rank == 0, keep, resumed.position, scalars)
         held.callback(journal.close)
         display = _display(comm)
         held.callback(display.close)
@@ -211,6 +214,7 @@ def _model(config: Config, data: ImageData, comm: Communicator) -> nn.Module:
 def _take(config: Config, run: RunDirectory, lock: RunLock, resume: bool) -> None:
     """Rank 0: check, create and lock the run directory; it holds no run yet."""
     run.check_usable(resume)
+    check_installed(config.train.tensorboard)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         lock.acquire(patience=10.0 if resume else 0.0)
@@ -221,6 +225,11 @@ def _take(config: Config, run: RunDirectory, lock: RunLock, resume: bool) -> Non
         keep_choices(config, run)
     checkpoint.remove_partial(run.path)
     checkpoint.remove_partial(run.checkpoints)
+
+
+def _scalars(config: Config, run: RunDirectory, resumed: _Resumed) -> Scalars | None:
+    seen = resumed.state["samples_seen"] if resumed.state else 0
+    return open_scalars(config.train.tensorboard, run, seen)
 
 
 def _resume(run: RunDirectory, comm: Communicator) -> _Resumed:

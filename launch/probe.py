@@ -6,7 +6,7 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from launch.spec import Host, LaunchSpec
 
 _LARGEST_MB = 4096  # MPI counts a message's elements in 32 bits
 _LONGEST = 86400.0
+_LARGEST_GRADIENT_MB = 1e6
 _LAUNCH = Launch()
 
 
@@ -54,6 +55,8 @@ class ProbeRequest:
     """About how long to measure."""
     out: Path | None = None
     """None: nothing stays."""
+    gradients_mb: tuple[float, ...] = ()
+    """MiB of float32 gradients to advise on; none: some that are usual."""
 
 
 def probe(request: ProbeRequest) -> int:
@@ -72,6 +75,7 @@ def probe(request: ProbeRequest) -> int:
         spec = _spec(request, launcher, placed, ranks, directory)
         with Stopper(directory.stop_request.touch, "after this round") as stopper:
             _launch(spec, launcher, directory, stopper)
+        _conclude(directory, request)
     if request.out is not None:
         print(f"harness: {request.out / 'probe.json'} and {request.out / 'probe.csv'} are written")
     return 0
@@ -84,6 +88,32 @@ def _check(request: ProbeRequest) -> None:
         raise LaunchError(f"--max-mb {request.max_mb}: must be from 1 to {_LARGEST_MB} MiB")
     if not (math.isfinite(request.seconds) and 0 < request.seconds <= _LONGEST):
         raise LaunchError(f"--seconds {request.seconds:g}: must be above 0, up to {_LONGEST:g}")
+
+    check_gradients(request.gradients_mb)
+
+
+def check_gradients(gradients_mb: Sequence[float]) -> None:
+    """Raise UsageError for a size that no gradient has."""
+    for size in gradients_mb:
+        if not (math.isfinite(size) and 0 < size <= _LARGEST_GRADIENT_MB):
+            raise UsageError(
+                f"--gradient-mb {size:g}: must be above 0, up to {_LARGEST_GRADIENT_MB:g} MiB"
+            )
+
+
+def read(path: Path, gradients_mb: Sequence[float]) -> int:
+    """Print what a probe has written, and the verdict on it; returns the exit code."""
+    from harness.probe_verdict import print_results
+
+    check_gradients(gradients_mb)
+    print_results(path, gradients_mb)
+    return 0
+
+
+def _conclude(directory: RunDirectory, request: ProbeRequest) -> None:
+    from harness.probe_verdict import conclude
+
+    conclude(directory.path, request.gradients_mb)
 
 
 @contextmanager

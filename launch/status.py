@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.errors import LaunchError, RunDirectoryError
-from harness.records import Record, RunDirectory, read_run
+from harness.records import RunDirectory, read_run
+from harness.standing import RunStatus, run_lines, share, standing
 from harness.yamlfile import one_line
 from launch.jobs import JobList, State, Submitted, job_states, read_list
 
@@ -22,7 +23,6 @@ UNKNOWN = "not known any more"
 """The state of a job that Slurm has forgotten: it does so some minutes after a job's end."""
 _WIDTH = 200  # columns; a table that is cut to the terminal hides what it is asked for
 _BAD = ("BOOT_FAIL", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
-_CUT_OFF = ("fault", "restart", "host_left_out")
 
 
 @dataclass(frozen=True)
@@ -43,38 +43,6 @@ class JobStatus:
     restarts: int | None
     hint: str | None
     """What to do about a job that is stuck."""
-
-
-@dataclass(frozen=True)
-class Why:
-    """An end of the ranks before the run's end."""
-
-    time: str | None
-    kind: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class RunStatus:
-    """Where a run is, by its records. None: they do not say."""
-
-    state: str
-    """not started, stopped or running, done."""
-    samples_seen: int | None = None
-    samples_planned: int | None = None
-    epoch: float | None = None
-    stage: int | None = None
-    global_batch: int | None = None
-    ranks: int | None = None
-    accumulation: int | None = None
-    micro_batch: int | None = None
-    images_per_sec: float | None = None
-    checkpoint: str | None = None
-    """The newest one."""
-    attempts: int = 0
-    updates_repeated: int | None = None
-    """Done again after restarts, since the checkpoint was older than the end."""
-    ends: list[Why] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -120,7 +88,7 @@ def print_status(path: Path, as_json: bool = False) -> None:
     if status.points:
         console.print(_point_table(status.points))
     else:
-        print(*_run_lines(status.run), sep="\n")
+        print(*run_lines(status.run), sep="\n")
     print(f"next: {status.next}")
 
 
@@ -213,56 +181,7 @@ def _where(path: Path) -> RunStatus:
         return RunStatus("not started")
     records = read_run(path)
     last = records.metrics[-1] if records.metrics else {}
-    starts = _of(records.events, "start", "resume")
-    repeated = [_whole(event, "updates_repeated") for event in starts]
-    known = [count for count in repeated if count is not None]
-    totals = (records.plan or {}).get("totals")
-    return RunStatus(
-        state=_state(records.events),
-        samples_seen=_whole(last, "samples_seen"),
-        samples_planned=_whole(totals if isinstance(totals, dict) else {}, "samples"),
-        epoch=_number(last, "epoch"),
-        stage=_whole(last, "stage"),
-        global_batch=_whole(last, "global_batch"),
-        ranks=_whole(last, "ranks") or _whole(starts[-1] if starts else {}, "ranks"),
-        accumulation=_whole(last, "accumulation"),
-        micro_batch=_whole(last, "micro_batch"),
-        images_per_sec=_number(last, "images_per_sec"),
-        checkpoint=_text(_of(records.events, "checkpoint"), "file"),
-        attempts=len(starts),
-        updates_repeated=sum(known) if known else None,
-        ends=[
-            Why(event.get("time"), str(event["kind"]), one_line(str(event.get("reason", "")), 200))
-            for event in _of(records.events, "stop", *_CUT_OFF)
-        ],
-    )
-
-
-def _state(events: list[Record]) -> str:
-    """By the last line that tells of the processes or of the run's end."""
-    told = _of(events, "start", "resume", "stop", "end", *_CUT_OFF)
-    kind = told[-1]["kind"] if told else None
-    words = {"end": "done", "stop": "stopped", "start": "running", "resume": "running"}
-    return words.get(str(kind), "failed") if kind else "not started"
-
-
-def _of(events: list[Record], *kinds: str) -> list[Record]:
-    return [event for event in events if event.get("kind") in kinds]
-
-
-def _whole(record: Record, name: str) -> int | None:
-    value = record.get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _number(record: Record, name: str) -> float | None:
-    value = record.get(name)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _text(events: list[Record], name: str) -> str | None:
-    value = events[-1].get(name) if events else None
-    return value if isinstance(value, str) else None
+    return standing(last, records.events, records.plan)
 
 
 def _next(
@@ -340,37 +259,10 @@ def _point_table(points: list[Status]) -> Table:
         table.add_row(
             Text(one_line(point.path.name)),
             run.state,
-            _share(run),
+            share(run),
             "" if run.epoch is None else f"{run.epoch:.2f}",
             "" if run.ranks is None else str(run.ranks),
             "" if run.images_per_sec is None else f"{run.images_per_sec:,.0f}",
             str(run.attempts),
         )
     return table
-
-
-def _share(run: RunStatus) -> str:
-    if run.samples_seen is None or not run.samples_planned:
-        return ""
-    return f"{run.samples_seen / run.samples_planned:.0%}"
-
-
-def _run_lines(run: RunStatus) -> Iterator[str]:
-    yield f"run: {run.state}"
-    if run.samples_seen is not None:
-        planned = f" of {run.samples_planned:,} ({_share(run)})" if run.samples_planned else ""
-        epoch = "" if run.epoch is None else f", epoch {run.epoch:.2f}"
-        yield f"samples seen: {run.samples_seen:,}{planned}{epoch}"
-    if run.global_batch is not None:
-        parts = (run.ranks, run.accumulation, run.micro_batch)
-        cut = "" if None in parts else f" = {' × '.join(map(str, parts))}"
-        speed = "" if run.images_per_sec is None else f", {run.images_per_sec:,.0f} images/s"
-        yield f"stage {run.stage}: batch {run.global_batch}{cut}{speed}"
-    if run.checkpoint is not None:
-        yield f"newest checkpoint: {run.checkpoint}"
-    if run.attempts:
-        repeated = run.updates_repeated
-        again = "" if repeated is None else f", updates repeated: {repeated}"
-        yield f"attempts: {run.attempts}{again}"
-    for why in run.ends[-10:]:
-        yield f"  {why.time or ''} {why.kind}: {why.reason}".rstrip(": ")

@@ -134,6 +134,7 @@ FULL: dict[str, Any] = {
         "compile": True,
         "sync_batch_norm": False,
         "layers_every": "2ep",
+        "tensorboard": True,
     },
     "launch": {
         "launcher": "mpirun",

@@ -44,8 +44,15 @@ ABOVE_THE_LINE = (
     "harness.schedule.costs",
     "harness.schedule.table",
     "harness.records",
+    "harness.tensorboard",
     "harness.resume",
+    "harness.standing",
+    "harness.follow",
+    "harness.watch",
     "harness.report",
+    "harness.probe_results",
+    "harness.alphabeta",
+    "harness.probe_verdict",
 )
 BELOW_THE_LINE = (
     "harness.comm",
@@ -112,7 +119,12 @@ LINES = (*ABOVE_THE_LINE, *LAUNCH, *BELOW_THE_LINE, *ENTRY)
 WITHOUT_TORCH = (*ABOVE_THE_LINE, *LAUNCH, "harness.cli")
 
 HEAVY = ("torch", "torchvision", "horovod", "mpi4py", "sklearn", "psutil", "numpy")
-TAKES_NUMPY = ("harness.keyed", "harness.report")  # the latter through matplotlib
+TAKES_NUMPY = (
+    "harness.keyed",
+    "harness.report",  # through matplotlib
+    "harness.alphabeta",
+    "harness.probe_verdict",
+)
 
 
 @dataclass(frozen=True)
@@ -221,7 +233,10 @@ def test_launch_knows_nothing_below_the_line(module: str) -> None:
 
 def test_the_command_imports_almost_nothing_before_it_knows_what_to_do() -> None:
     at_once = {one.name for one in imports_of("harness.cli") if not one.inside}
-    assert {name for name in at_once if entry(name)} == {"harness.errors.HarnessError"}
+    assert {name for name in at_once if entry(name)} == {
+        "harness.errors.HarnessError",
+        "harness.errors.UsageError",
+    }
 
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if m.startswith("launch.bootstrap")))

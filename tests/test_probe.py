@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,25 +22,27 @@ from harness.cli import main
 from harness.comm import SoloCommunicator
 from harness.errors import HarnessError, RankFailure, StoppedEarly, UsageError
 from harness.probe import (
-    GLOO,
-    HOROVOD,
-    HOROVOD_BROADCAST,
-    HOROVOD_FP16,
     LEAST_ROUNDS,
     MOST_ROUNDS,
-    MPI_ALONE,
     Action,
     Peers,
-    Timing,
-    as_csv,
-    bus_factor,
-    in_order,
     is_enough,
     measure,
     measure_sizes,
     message_sizes,
-    print_tables,
     round_order,
+)
+from harness.probe_results import (
+    GLOO,
+    HOROVOD,
+    HOROVOD_BROADCAST,
+    HOROVOD_FP16,
+    MPI_ALONE,
+    Timing,
+    as_csv,
+    bus_factor,
+    in_order,
+    print_tables,
     shown_size,
     shown_time,
 )
@@ -292,6 +295,18 @@ def test_sizes_are_told_in_the_largest_unit() -> None:
 # The launch
 
 
+def written(ranks: int = 2) -> dict[str, Any]:
+    """A small probe.json."""
+    return {
+        "ranks": ranks,
+        "timings": [
+            {"operation": name, "bytes": 4**k, "seconds": [1e-4 + beta * 4**k] * 5}
+            for name, beta in (("horovod", 1e-9), ("horovod_fp16", 0.6e-9))
+            for k in range(1, 14)
+        ],
+    }
+
+
 class FakeRanks:
     """Stands for ``execute``: writes what ranks would leave, keeps what they were started as."""
 
@@ -300,7 +315,7 @@ class FakeRanks:
         self.argv: list[str] = []
         self.words: dict[str, object] | None = None
         self.exit_code = 0
-        self.result: str | None = "{}"
+        self.result: str | None = json.dumps(written())
         monkeypatch.setattr(launching, "execute", self)
         monkeypatch.setattr("launch.detect.installed_mpi", lambda: "openmpi4")
 
@@ -397,6 +412,40 @@ def test_what_cannot_be_is_refused_in_one_message(
     assert told.startswith("harness: ")
     assert said in told
     assert not out.exists()
+    assert ranks.spec is None
+
+
+def test_the_verdict_is_written_and_printed(
+    ranks: FakeRanks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["--hosts", "localhost:2", "--gradient-mb", "10", "--gradient-mb", "20"]
+    assert main(["probe", *words, "-o", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "fp16 pays" in printed
+    content = json.loads((out / "probe.json").read_text())
+    assert content["timings"] == written()["timings"]
+    assert [one["gradient_mb"] for one in content["verdict"]["advice"]] == [10, 20]
+    assert main(["probe", "--read", str(out), "--gradient-mb", "10"]) == 0
+    again = capsys.readouterr().out
+    assert "64 MiB" in again.partition("verdict")[0]  # the tables
+    assert "A gradient of 10 MiB" in again
+    assert json.loads((out / "probe.json").read_text()) == content
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "1e9"])
+def test_a_gradient_has_a_size(
+    size: str, ranks: FakeRanks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["--hosts", "localhost:2"], ["--read", str(tmp_path)]):
+        assert main(["probe", *words, "--gradient-mb", size]) == 2
+        assert "must be above 0" in capsys.readouterr().err
+    assert ranks.spec is None
+
+
+def test_reading_starts_nothing(ranks: FakeRanks, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", "--read", "x", "--ranks", "2", "-o", "y"]) == 2
+    assert "leave out --ranks, --out" in capsys.readouterr().err
     assert ranks.spec is None
 
 

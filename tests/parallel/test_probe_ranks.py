@@ -70,6 +70,16 @@ def test_all_operations_are_measured_on_two_ranks(launcher: str, tmp_path: Path)
         (t["operation"], t["bytes"]) for t in timings
     ]
     assert "bus bandwidth, GB/s" in done.stdout
+    verdict = found["verdict"]
+    assert verdict["fits"].keys() == EVERY
+    assert len(verdict["advice"]) == 3
+    for sentence in verdict["sentences"]:
+        assert sentence.split()[0] in done.stdout.partition("verdict")[2]
+    again = subprocess.run(
+        command("probe", "--read", str(out)), capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.partition("verdict")[2] in done.stdout
     assert "64 KiB" in done.stdout
     assert "\x1b" not in done.stdout
 
@@ -184,6 +194,10 @@ def test_a_slow_link_between_hosts_carries_no_more_than_its_rate(
     assert hosts == ["n1", "n2"]
     large = {t["operation"]: t for t in found["timings"] if t["bytes"] == 2**20}
     assert large.keys() == EVERY
+    for name in ("horovod", "torch_gloo"):
+        line = found["verdict"]["fits"][name]["pieces"][-1]
+        assert line["beta_seconds_per_byte"][2] > 0.5 * 8 / LINK, name
+        assert line["beta_seconds_per_byte"][1] < 4 * 8 / LINK, name
     for name, timing in large.items():
         carried = timing["bus_bandwidth"] / (2 if name == "horovod_fp16" else 1)
         assert carried < 1.5 * LINK / 8, name  # the link lets a quarter of a message pass at once
