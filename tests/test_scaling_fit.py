@@ -241,14 +241,24 @@ def script() -> ModuleType:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["prior", "typical", "simulated"])
-def test_intervals_hold_what_they_promise(family: str) -> None:
-    """40 campaigns of each family: of 95 % intervals, 36 or more hold the truth in all but 1 of 100
-    such tests. benchmarks/README.md has 200 of each."""
-    found, efficiency = script().campaigns(family, 40, (1, 2, 3), (4, 16), ensemble=200)
-    assert min(found[4].covered, found[4].measured, found[16].covered) >= 36 / 40
+def test_intervals_hold_what_they_promise() -> None:
+    """Of machines drawn from the prior, with no error of the formula, a 95 % interval misses 5 of
+    100: of 60 campaigns it holds 52 to 60 in all but 1 of 200 tests. benchmarks/README.md has 200.
+    """
+    found, efficiency = script().campaigns(
+        "prior", 60, (1, 2, 3), (4, 16), ensemble=200, model_error=0.0
+    )
+    assert min(found[4].covered, found[4].measured, found[16].covered) >= 52 / 60
     assert found[4].error[0] < 0.03
-    assert efficiency >= 0.85
+    assert 0.88 <= efficiency <= 1
+
+
+@pytest.mark.slow
+def test_intervals_hold_where_the_formula_is_not_exact() -> None:
+    """Clusters with exponential stragglers, uneven nodes and a network that varies."""
+    found, _ = script().campaigns("simulated", 30, (1, 2, 3), (4, 16), ensemble=200)
+    assert min(found[4].covered, found[4].measured, found[16].covered) >= 27 / 30
+    assert found[4].error[0] < 0.03
 
 
 # Extrapolation

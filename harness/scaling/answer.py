@@ -96,23 +96,21 @@ def prediction_text(found: Prediction) -> str:
 
 def knee_text(found: Knee) -> str:
     """Up to where more nodes are worth their price."""
-    if found.open:
-        low = found.nodes.low
-        return (
-            f"Each further node buys at least half of itself up to {found.searched:,} nodes, as "
-            "far as was looked"
-            + (f" (the point where that ends may come at {low:,.0f} nodes)" if low else "")
-            + f"; that is {_times(found.beyond)} the most ranks measured."
-        )
     value, low, high = found.nodes.value, found.nodes.low, found.nodes.high
+    far = f" This is a prediction: {'; '.join(found.notes)}." if found.notes else ""
+    if found.open:
+        doubt = f", though that may end at {low:,.0f} already" if low and low < value else ""
+        return (
+            f"Each further node buys at least half of what the first one does up to "
+            f"{found.searched:,} nodes, as far as was looked{doubt}.{far}"
+        )
     between = ""
     if low is not None and high is not None:
         end = f"more than {found.searched:,}" if found.high_open else f"{high:,.0f}"
         between = f" ({low:,.0f} to {end})"
-    far = f"; that is {_times(found.beyond)} the most ranks measured" if found.beyond > 1 else ""
     return (
         f"It pays to go up to {value:,.0f}{between} {'node' if value == 1 else 'nodes'}: past "
-        f"that, each further node buys less than half of what the first one does{far}."
+        f"that, each further node buys less than half of what the first one does.{far}"
     )
 
 
@@ -171,6 +169,8 @@ def caution_text(fit: Fit) -> str:
         )
         if not given:
             text += ", and a probe of the network would narrow it"
+    if all(one.nodes == 1 for one in fit.points):
+        text += ". Nothing was measured between nodes, so all that is said of several is assumed"
     return f"{text}."
 
 
@@ -285,7 +285,9 @@ _SECONDS = {"days": 86_400.0, "hours": 3600.0, "minutes": 60.0}
 
 def _worth(interval: Interval) -> int:
     """Significant digits: two of the interval's half width, from 2 to 4 of the value."""
-    if interval.low is None or interval.high is None or interval.value == 0:
+    if interval.low is None or interval.high is None:
+        return 3
+    if interval.value == 0 or not isfinite(interval.value):
         return 3
     half = (interval.high - interval.low) / 2
     if not (isfinite(half) and half > 0):

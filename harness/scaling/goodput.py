@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import isfinite
+from math import ceil, isfinite
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +50,7 @@ def updates_to_target(
 
 
 @dataclass(frozen=True)
-class NoiseScale:
+class MeasuredNoise:
     """The gradient noise scale as it was measured, in samples."""
 
     value: float
@@ -209,7 +209,7 @@ class Goodput:
 def goodputs(
     asked: Sequence[Choice],
     speeds: Speeds,
-    noise: NoiseScale,
+    noise: MeasuredNoise,
     reference: float,
     *,
     reference_samples: float | None = None,
@@ -295,7 +295,70 @@ class NoiseAt:
 
     progress: float
     """Samples seen by then, counted in batches of the reference size; the first is 0."""
-    noise: NoiseScale
+    noise: MeasuredNoise
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a run's metrics say at one point."""
+
+    samples: float
+    """Seen by then."""
+    batch: float
+    """The global batch of the updates up to there."""
+    noise_scale: float | None
+    """None: no estimate."""
+
+
+def noise_over_run(
+    windows: Sequence[Seen], reference: float, stretches: int = 8
+) -> tuple[list[NoiseAt], float]:
+    """The noise scale over a run from its logging windows, and the progress at its end.
+
+    Progress counts samples by what they are worth in batches of ``reference``
+    (``statistical_efficiency``), so that the run's own growth does not matter. It is cut into as
+    many stretches of equal progress; each has the median of its windows' estimates and, as its
+    interval, where 95 % of them lie: estimates are running means, so they do not scatter
+    independently of each other, and drift within a stretch counts too. Windows without an estimate
+    take the one before (at first, the one after); stretches without a window are joined to the one
+    before.
+
+    Raises UsageError if no window has an estimate or they are out of order.
+    """
+    if not (isfinite(reference) and reference > 0) or not 1 <= stretches <= 10_000:
+        raise UsageError(f"a reference of {reference!r} samples and {stretches!r} stretches")
+    estimates = [one.noise_scale for one in windows if one.noise_scale is not None]
+    if not estimates:
+        raise UsageError(
+            "no window has a noise scale; measuring it takes updates of two micro-batches or more"
+        )
+    progress, seen, scale = 0.0, 0.0, estimates[0]
+    held: list[tuple[float, float]] = []
+    for one in windows:
+        scale = scale if one.noise_scale is None else one.noise_scale
+        _check_window(one, seen, scale)
+        progress += (one.samples - seen) * statistical_efficiency(one.batch, scale, reference)
+        seen = one.samples
+        held.append((progress, scale))
+    parts: dict[int, list[float]] = {}
+    for end, scale in held:
+        part = ceil(end / progress * stretches * (1 - 1e-12)) - 1
+        parts.setdefault(min(max(part, 0), stretches - 1), []).append(scale)
+    starts = [0.0, *(progress * part / stretches for part in list(parts)[1:])]
+    found = [
+        NoiseAt(start, MeasuredNoise(*map(float, np.quantile(scales, [0.5, 0.025, 0.975]))))
+        for start, scales in zip(starts, parts.values(), strict=True)
+    ]
+    return found, progress
+
+
+def _check_window(window: Seen, seen: float, scale: float) -> None:
+    MeasuredNoise(scale)
+    if not (seen < window.samples <= 1e18 and 0 < window.batch <= 1e18):
+        raise UsageError(
+            f"a window at {window.samples!r} samples with a batch of {window.batch!r}, after one "
+            f"at {seen:g}; samples rise from window to window and a batch has some"
+        )
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,8 @@ class Knee:
     """Whether the interval has no end below ``searched``."""
     beyond: float
     """The knee's ranks over the most that were measured."""
+    notes: tuple[str, ...]
+    """Everything about the knee that lies outside of what was measured."""
 
 
 def knee(
@@ -219,6 +221,9 @@ def knee(
         open=value == most_nodes,
         high_open=high_open or value == most_nodes,
         beyond=value * width / fit.points[-1].ranks,
+        notes=_notes(
+            fit, Point(value * width, value, float(images[value - 1]), (1.0,), accumulation)
+        ),
     )
 
 
@@ -235,6 +240,8 @@ def _last_worth(speeds: Array) -> Array:
 
 
 # Left out
+
+_CHECKING = 200  # members of an ensemble that only has to tell inside from outside
 
 
 @dataclass(frozen=True)
@@ -268,6 +275,7 @@ def leave_out(fit: Fit, **settings: Any) -> tuple[LeftOut, ...]:
         "topology": fit.topology,
         "confidence": fit.confidence,
         "ranks_per_node": fit.ranks_per_node,
+        "ensemble": _CHECKING,
         **settings,
     }
     return tuple(one for count in counts for one in _without(count, fit.points, fit.wire, settings))

@@ -113,6 +113,10 @@ class Simulated:
         """Of the time of an update, seconds."""
         return np.asarray(np.quantile(self.seconds, shares))
 
+    def throughputs(self) -> Array:
+        """Images per second of each update by itself, shape (updates,)."""
+        return np.asarray(self.images_per_update / self.seconds)
+
     def efficiencies(self) -> Array:
         """Of each update by itself, shape (updates,)."""
         return np.asarray(self.alone / self.seconds)
