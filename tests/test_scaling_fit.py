@@ -371,6 +371,8 @@ def test_predictions_that_cannot_be() -> None:
     for arguments in ({"ranks": 0}, {"ranks": 2, "nodes": 3}, {"ranks": 2, "accumulation": 0}):
         with pytest.raises(UsageError):
             predict(fit, **arguments)
+    with pytest.raises(UsageError, match="-1 ranks per node"):
+        knee(fit, ranks_per_node=-1)
     for most in (1, 10**9):
         with pytest.raises(UsageError, match="a search"):
             knee(fit, most_nodes=most)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from harness.errors import UsageError
 from harness.scaling.fit import Fit
-from harness.scaling.interval import Array, Interval, check_confidence, of_draws
+from harness.scaling.interval import Array, Interval, check_confidence, factors, of_draws
 from harness.scaling.steptime import Decomposition
 from harness.schedule.costs import Throughput, nodes_of
 
@@ -164,7 +164,7 @@ def speeds_of(fit: Fit, seed: int = 0) -> Speeds:
         doublings = np.log2(np.maximum(1.0, beyond))
         draws = batches / fit.models.seconds(where)
         errors = np.random.default_rng(seed).standard_normal(len(draws))[:, None]
-        draws = draws * np.exp(fit.model_error * doublings * errors)
+        draws = draws * factors(fit.model_error * doublings * errors)
         return [
             Speed(float(value), column, float(far))
             for value, column, far in zip(values, draws.T, beyond, strict=True)

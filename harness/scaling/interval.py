@@ -147,6 +147,11 @@ def pooled(means: Sequence[LogMean]) -> Spread | None:
     return Spread(sqrt(squares / dof), dof)
 
 
+def factors(errors: Array) -> Array:
+    """exp(errors) without overflow, of errors of logarithms."""
+    return np.asarray(np.exp(np.clip(errors, -300.0, 300.0)))
+
+
 def jsonable(value: Any) -> Any:
     """A dataclass's fields as plain values; what is not finite is null."""
     if isinstance(value, float):

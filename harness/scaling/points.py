@@ -50,7 +50,7 @@ class Point:
         for value in self.seconds:
             if not _is_within(value, _SHORTEST, _LONGEST):
                 raise UsageError(
-                    f"{where}: an update of {value!r} seconds; valid are numbers from "
+                    f"{where}: an update of {value} seconds; valid are numbers from "
                     f"{_SHORTEST:g} to {_LONGEST:g}"
                 )
 

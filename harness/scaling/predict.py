@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log2
+from math import floor, log2
 from typing import Any
 
 import numpy as np
 
 from harness.errors import UsageError
 from harness.scaling.fit import Fit, fit_step_time
-from harness.scaling.interval import Array, Interval, of_draws
+from harness.scaling.interval import Array, Interval, factors, of_draws
 from harness.scaling.points import Point
 from harness.scaling.priors import step_time
 from harness.scaling.steptime import Decomposition, Parts, Wire
@@ -74,7 +74,7 @@ def predict(
         rng = np.random.default_rng(seed)
         errors = _error(fit, ranks) * rng.standard_normal(len(fit.noise))
         drawn = fit.models.parts(where)
-        draws = drawn.seconds[:, 0] * np.exp(errors)
+        draws = drawn.seconds[:, 0] * factors(errors)
         shares = {
             name: of_draws(shares[name].value, share[:, 0], fit.confidence)
             for name, share in _shares(drawn).items()
@@ -82,7 +82,7 @@ def predict(
         bases = fit.models.seconds(Decomposition.of_points([base]))[:, 0]
         speed = of_draws(speed.value, quotient * bases / draws, fit.confidence)
         if repeats is not None:
-            draws *= np.exp(fit.noise / np.sqrt(repeats) * rng.standard_normal(len(draws)))
+            draws *= factors(fit.noise / np.sqrt(repeats) * rng.standard_normal(len(draws)))
         time = of_draws(seconds, draws, fit.confidence)
     return Prediction(
         ranks=ranks,
@@ -195,7 +195,11 @@ def knee(
     may buy little, with the network that it brings, and those after it more. In weak scaling each
     rank has what it has in the first measured point (or its share of ``images_per_update`` on one
     node); in strong scaling the update's images are shared out.
+
+    Raises UsageError for a search that cannot be.
     """
+    if ranks_per_node is not None and not 1 <= ranks_per_node <= 10_000:
+        raise UsageError(f"{ranks_per_node} ranks per node; valid are 1 to 10000")
     if not 2 <= most_nodes <= 100_000:
         raise UsageError(f"a search up to {most_nodes} nodes; valid are 2 to 100000")
     width = ranks_per_node or fit.ranks_per_node
@@ -211,8 +215,7 @@ def knee(
             _last_worth(images / _some(fit, chunk, where))
             for chunk in np.array_split(fit.ensemble, max(1, len(nodes) * len(fit.ensemble) >> 19))
         ])  # fmt: skip
-        found = of_draws(value, draws.astype(np.float64), fit.confidence)
-        found = Interval(value, *(float(np.floor(end or 1)) for end in (found.low, found.high)))
+        found = of_draws(value, draws, fit.confidence).mapped(lambda count: float(floor(count)))
         high_open = found.high is not None and found.high >= most_nodes
     return Knee(
         nodes=found,
