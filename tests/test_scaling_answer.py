@@ -45,7 +45,12 @@ def measured(counts: tuple[int, ...], mode: Mode = "weak", repeats: int = 4) -> 
 
 def studied(counts: tuple[int, ...] = (1, 2, 3, 4), **changed: Any) -> Study:
     mode, repeats = changed.pop("mode", "weak"), changed.pop("repeats", 4)
-    return study(measured(counts, mode, repeats), WIRE, mode=mode, **{"most_nodes": 64} | changed)
+    return study(
+        measured(counts, mode, repeats),
+        WIRE,
+        mode=mode,
+        **{"most_nodes": 64, "ensemble": 60} | changed,
+    )
 
 
 def texts(found: Study, *others: Any) -> dict[Topic, str]:
@@ -168,7 +173,7 @@ def test_any_number_can_be_told(value: float, low: float, high: float) -> None:
     st.sampled_from(["weak", "strong"]),
     st.floats(0, 1e18),
 )
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_series_ends_in_sentences_or_in_one_message(
     seconds: dict[int, list[float]], mode: Mode, size: float
 ) -> None:
@@ -177,7 +182,7 @@ def test_any_series_ends_in_sentences_or_in_one_message(
             Point(n, 1, 32.0 * n if mode == "weak" else 96.0, tuple(values))
             for n, values in seconds.items()
         ]
-        found = study(points, Wire(size), mode=mode, targets=(7,), most_nodes=8)
+        found = study(points, Wire(size), mode=mode, targets=(7,), most_nodes=8, ensemble=40)
     except UsageError:
         return
     assert all(sentence.text.endswith(".") for sentence in answer(found))

@@ -26,7 +26,7 @@ from harness.scaling.steptime import IDEAL, Decomposition, Link, StepTime, Wire
 
 WIRE = Wire(40e6, 4e6)
 TRUTH = StepTime(2e-3, 2e-3, 0.02, 2.0, Link(5e-6, 1e-11), Link(1e-4, 1e-9), WIRE)
-ENSEMBLE = 100  # enough for what is not about coverage
+ENSEMBLE = 60  # enough for what is not about coverage
 
 
 def true_seconds(model: StepTime, ranks: int, nodes: int, images: float) -> float:
@@ -177,7 +177,7 @@ def test_the_order_of_points_does_not_matter_and_a_seed_repeats_itself() -> None
 
 
 @given(st.integers(0, 100), st.integers(1, 400))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_predictions_keep_the_model_s_order(seed: int, ranks: int) -> None:
     """More nodes: never a shorter update in weak scaling, never a higher efficiency."""
     fit = fitted(measured(seed=seed), ensemble=40)
@@ -246,9 +246,9 @@ def test_intervals_hold_what_they_promise() -> None:
     100: of 60 campaigns it holds 52 to 60 in all but 1 of 200 tests. benchmarks/README.md has 200.
     """
     found, efficiency = script().campaigns(
-        "prior", 60, (1, 2, 3), (4, 16), ensemble=200, model_error=0.0
+        "prior", 40, (1, 2, 3), (4, 16), ensemble=150, model_error=0.0
     )
-    assert min(found[4].covered, found[4].measured, found[16].covered) >= 52 / 60
+    assert min(found[4].covered, found[4].measured, found[16].covered) >= 34 / 40
     assert found[4].error[0] < 0.03
     assert 0.88 <= efficiency <= 1
 
@@ -256,8 +256,8 @@ def test_intervals_hold_what_they_promise() -> None:
 @pytest.mark.slow
 def test_intervals_hold_where_the_formula_is_not_exact() -> None:
     """Clusters with exponential stragglers, uneven nodes and a network that varies."""
-    found, _ = script().campaigns("simulated", 30, (1, 2, 3), (4, 16), ensemble=200)
-    assert min(found[4].covered, found[4].measured, found[16].covered) >= 27 / 30
+    found, _ = script().campaigns("simulated", 20, (1, 2, 3), (4, 16), ensemble=150)
+    assert min(found[4].covered, found[4].measured, found[16].covered) >= 18 / 20
     assert found[4].error[0] < 0.03
 
 

@@ -278,7 +278,7 @@ def leave_out(fit: Fit, **settings: Any) -> tuple[LeftOut, ...]:
         "topology": fit.topology,
         "confidence": fit.confidence,
         "ranks_per_node": fit.ranks_per_node,
-        "ensemble": _CHECKING,
+        "ensemble": _CHECKING if fit.ensemble is None else min(_CHECKING, len(fit.ensemble)),
         **settings,
     }
     return tuple(one for count in counts for one in _without(count, fit.points, fit.wire, settings))

@@ -75,6 +75,7 @@ def _exponential(rng: np.random.Generator, spread: float, shape: tuple[int, ...]
 
 
 def _gamma(rng: np.random.Generator, spread: float, shape: tuple[int, ...]) -> Array:
+    spread = max(spread, 1e-6)  # the shape shall not overflow
     return np.asarray(rng.standard_gamma(spread**-2.0, shape) * spread**2)
 
 

@@ -72,6 +72,7 @@ def study(
     ranks_per_node: int | None = None,
     most_nodes: int = 1024,
     confidence: float = 0.95,
+    ensemble: int = 500,
     seed: int = 0,
 ) -> Study:
     """Speed-ups, serial fraction, model, knee, left-out points, predictions at ``targets`` ranks.
@@ -93,6 +94,7 @@ def study(
         topology=topology,
         ranks_per_node=ranks_per_node,
         confidence=confidence,
+        ensemble=ensemble,
         **settings,
     )
     out = leave_out(fit, **settings)
