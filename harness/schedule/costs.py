@@ -133,7 +133,12 @@ def total_cost(costs: Sequence[Cost]) -> Cost:
 
 def nodes(config: Config, ranks: int) -> int:
     """Nodes that so many ranks take."""
-    return -(-ranks // (config.ranks.per_node or ranks))
+    return nodes_of(ranks, config.ranks.per_node)
+
+
+def nodes_of(ranks: int, per_node: int | None) -> int:
+    """Nodes that so many ranks take; None: one node holds them all."""
+    return -(-ranks // (per_node or ranks))
 
 
 def _sum(values: Iterable[float | None]) -> float | None:
