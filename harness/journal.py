@@ -16,7 +16,7 @@ class Journal:
         self, run: RunDirectory, writes: bool, keep_checkpoints: int, position: Position
     ) -> None:
         """``position``: how much of the records is there already, for a run that goes on."""
-        self._run = run
+        self.run = run
         self._keep = keep_checkpoints
         self._lines, self._trajectory = position.metrics, position.events
         self._layer_lines = position.layers
@@ -39,7 +39,7 @@ class Journal:
     def layers(self, line: dict[str, Any]) -> None:
         """Append a line to layers.jsonl, which the first one creates."""
         if self._metrics is not None:
-            self._layers = self._layers or JsonlWriter(self._run.layers)
+            self._layers = self._layers or JsonlWriter(self.run.layers)
             self._layer_lines += 1
             self._layers.append(line)
 
@@ -60,7 +60,7 @@ class Journal:
             events.sync()
 
         checkpoint.save_checkpoint(
-            self._run.checkpoints,
+            self.run.checkpoints,
             update,
             {**state, "records": asdict(position)},
             self._keep,

@@ -135,6 +135,11 @@ FULL: dict[str, Any] = {
         "sync_batch_norm": False,
         "layers_every": "2ep",
     },
+    "profile": {
+        "enabled": False,
+        "trace": {"updates": [100, 103], "ranks": [0, 3]},
+        "timeline": True,
+    },
     "launch": {
         "launcher": "mpirun",
         "mpi": "openmpi5",
