@@ -175,15 +175,18 @@ class _Merging:
         """What torch.profiler has written; its own processes are numbers (this one's, GPUs'), and
         words for what it tells of itself, which is left out."""
         content = _object(trace.path, self._problems)
-        base = content.get("baseTimeNanoseconds", 0)
+        base, events = content.get("baseTimeNanoseconds", 0), content.get("traceEvents")
+        if not isinstance(base, int) or not isinstance(events, list):
+            self._problems.append(f"{trace.path.name} is no trace of torch.profiler's; left out")
+            return
         labels: dict[int, str] = {}
         numbers: dict[int, int] = {}
-        for event in content.get("traceEvents", []):
+        for event in (event for event in events if isinstance(event, dict)):
             pid, ts = event.get("pid"), event.get("ts")
             if not isinstance(pid, int):
                 continue
             if event.get("name") == "process_labels":
-                labels[pid] = event["args"]["labels"]
+                labels[pid] = str(_arguments(event).get("labels", ""))
             elif event.get("ph") != "M" and isinstance(ts, int | float):
                 # The first process with events of its own is the rank's.
                 number = numbers.setdefault(pid, first + len(numbers))
@@ -206,11 +209,16 @@ class _Merging:
         open_: dict[int, list[Event]] = {}
         shown: set[int] = set()
         for event in _horovod_events(path):
-            pid, kind, arguments = event.get("pid"), event.get("ph"), event.get("args", {})
+            pid, kind, arguments = event.get("pid"), event.get("ph"), _arguments(event)
             if not isinstance(pid, int):
                 continue
+            if kind in ("B", "E") and not isinstance(event.get("ts"), int):
+                continue
             if event.get("name") == "process_name":
-                started = arguments.get("start_time_since_epoch_in_micros", started)
+                begun_at = arguments.get("start_time_since_epoch_in_micros")
+                if isinstance(begun_at, int):
+                    started = begun_at
+                    self._begin = started * 1000 if self._begin is None else self._begin
                 tensors[pid] = arguments.get("name", "")
             elif kind == "B":
                 open_.setdefault(pid, []).append(event)
@@ -241,11 +249,8 @@ class _Merging:
             self.timelines += 1
 
     def _near(self, begin: int, end: int) -> bool:
-        if self._begin is None:
-            self._begin = begin
-        if self._span is None:
-            return True
-        return begin >= self._begin and end <= self._span[1] + _AROUND
+        first, last = self._span or (begin, end)
+        return begin >= first - _AROUND and end <= last + _AROUND
 
     def _micros(self, nanos: int, micros: float = 0.0) -> float:
         """On the merged file's clock; large numbers are subtracted before they become floats."""
@@ -314,6 +319,11 @@ def _object(path: Path, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{path.name} is no JSON object; left out")
         return {}
     return value
+
+
+def _arguments(event: Event) -> dict[str, Any]:
+    arguments = event.get("args")
+    return arguments if isinstance(arguments, dict) else {}
 
 
 def _horovod_events(path: Path) -> Iterator[Event]:
