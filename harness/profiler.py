@@ -108,7 +108,9 @@ class Profiler:
         table[self._comm.rank] = torch.tensor(
             [*own, memory_peak(self._comm.device)], dtype=torch.float64
         )
+        self.clock.mark("other")
         rows = allreduce(self._comm, table, "profile").tolist()
+        self.clock.mark("comm_exposed")  # who comes first waits
         ranks = [
             RankTime(dict(zip(_BUSY, row, strict=False)), int(row[-3]), int(row[-2]))
             for row in rows

@@ -42,6 +42,8 @@ class RankTrace:
     path: Path
     rank: int
     host: str
+    pid: int
+    """Its process, as torch.profiler calls it."""
     session: int
     updates: tuple[int, int]
     pings: tuple[tuple[int, int], ...]
@@ -105,6 +107,10 @@ def merge_traces(run_dir: Path, out: Path | None = None) -> Merged:
             "103]}', or profile.timeline=true"
         )
     target = out or run.traces / "merged.json"
+    if timelines and traces and traces[0].rank:
+        problems.append(
+            "rank 0 was not traced: Horovod's timeline is by its host's clock, and may be off"
+        )
     merging = _Merging(traces, problems)
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -180,7 +186,7 @@ class _Merging:
             self._problems.append(f"{trace.path.name} is no trace of torch.profiler's; left out")
             return
         labels: dict[int, str] = {}
-        numbers: dict[int, int] = {}
+        numbers = {trace.pid: first}
         for event in (event for event in events if isinstance(event, dict)):
             pid, ts = event.get("pid"), event.get("ts")
             if not isinstance(pid, int):
@@ -188,7 +194,6 @@ class _Merging:
             if event.get("name") == "process_labels":
                 labels[pid] = str(_arguments(event).get("labels", ""))
             elif event.get("ph") != "M" and isinstance(ts, int | float):
-                # The first process with events of its own is the rank's.
                 number = numbers.setdefault(pid, first + len(numbers))
                 moved = {**event, "pid": number, "ts": self._micros(base - shift, ts)}
                 if "id" in event and isinstance(event["id"], int):
@@ -284,6 +289,7 @@ def _rank_traces(folder: Path, problems: list[str]) -> Iterator[RankTrace]:
                 trace,
                 int(about["rank"]),
                 str(about["host"]),
+                int(about["pid"]),
                 int(about["session"]),
                 (int(about["updates"][0]), int(about["updates"][1])),
                 tuple((int(entered), int(left)) for entered, left in about["pings"]),
@@ -311,7 +317,8 @@ def _newest(traces: Iterable[RankTrace], problems: list[str]) -> list[RankTrace]
 def _object(path: Path, problems: list[str]) -> dict[str, Any]:
     """A JSON object from a file; empty, with a word on why, if there is none."""
     try:
-        value = json.loads(path.read_bytes())
+        # Names may have raw control characters in them; NaN is none of JSON's numbers.
+        value = json.loads(path.read_bytes(), strict=False, parse_constant=lambda _: None)
     except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{path.name} cannot be read ({type(error).__name__}); left out")
         return {}
@@ -328,7 +335,8 @@ def _arguments(event: Event) -> dict[str, Any]:
 
 def _horovod_events(path: Path) -> Iterator[Event]:
     """The objects of an array, which has no end if Horovod was not shut down, and may be long."""
-    decoder, text = json.JSONDecoder(), ""
+    decoder = json.JSONDecoder(strict=False, parse_constant=lambda _: None)
+    text = ""
     with path.open(encoding="utf-8", errors="replace") as file:
         while chunk := file.read(_READ):
             text += chunk

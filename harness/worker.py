@@ -255,7 +255,9 @@ def _start_timeline(run: RunDirectory, comm: Communicator, display: Display) -> 
         return
     from harness.comm.horovod import start_timeline
 
-    start_timeline(next_timeline(run.traces) if comm.rank == 0 else run.traces)
+    start_timeline(
+        together(comm, lambda: next_timeline(run.traces) if comm.rank == 0 else run.traces)
+    )
 
 
 def _tune(

@@ -68,13 +68,13 @@ def write_rank(folder: Path, rank: int, ahead: int = 0, session: int = 7) -> Non
     pid = 4000 + rank
     shared = {"ts": (begin - base) / 1e3, "dur": 2000.0}
     events = [
+        {"ph": "M", "name": "thread_name", "pid": 0, "tid": 7, "ts": 0, "args": {"name": "s 7"}},
         {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "ts": 0, "args": {"name": "x"}},
         {"ph": "X", "name": "aten::mm", "cat": "cpu_op", "pid": pid, "tid": pid, **shared},
         {"ph": "s", "id": 5, "name": "ac2g", "cat": "ac2g", "pid": pid, "tid": pid, **shared},
         {"ph": "X", "name": "gemm", "cat": "kernel", "pid": 0, "tid": 7, **shared},
         {"ph": "f", "id": 5, "name": "ac2g", "cat": "ac2g", "pid": 0, "tid": 7, **shared},
         {"ph": "M", "name": "process_labels", "pid": 0, "ts": 0, "args": {"labels": "GPU 0"}},
-        {"ph": "M", "name": "thread_name", "pid": 0, "tid": 7, "ts": 0, "args": {"name": "s 7"}},
         {"ph": "X", "name": "PyTorch Profiler", "pid": "Spans", "tid": "x", **shared},
     ]
     content = {"baseTimeNanoseconds": base, "traceEvents": events}
@@ -83,6 +83,7 @@ def write_rank(folder: Path, rank: int, ahead: int = 0, session: int = 7) -> Non
         "session": session,
         "rank": rank,
         "host": f"node{rank}",
+        "pid": 4000 + rank,
         "updates": [100, 103],
         "pings": pings(ahead, rank),
         "phases": [["forward", begin, begin + 2 * 10**6]],
@@ -143,8 +144,12 @@ class TestMerging:
         ]
         assert "rank 12 on node12, GPU 0" in names(events)
         where = {(event["name"], event["pid"]) for event in events if event["ph"] == "X"}
-        assert len(where) == 9  # operation, kernel and phase of each rank
-        assert "PyTorch Profiler" not in {name for name, _ in where}
+        pids = {e["args"]["name"]: e["pid"] for e in events if e["name"] == "process_name"}
+        assert where == {
+            (name, pids[f"rank {rank} on node{rank}{device}"])
+            for rank in (0, 1, 12)
+            for name, device in (("forward", ""), ("aten::mm", ""), ("gemm", ", GPU 0"))
+        }
 
     def test_sets_clocks_right_that_are_an_hour_apart(self, tmp_path: Path) -> None:
         for rank, ahead in enumerate((0, HOUR, -HOUR // 7)):
@@ -183,6 +188,8 @@ class TestMerging:
 
     def test_a_timeline_may_end_anywhere(self, tmp_path: Path) -> None:
         write_timeline(tmp_path / "traces", spread=3)
+        write_rank(tmp_path / "traces", 1)
+        assert "rank 0 was not traced" in merge_traces(tmp_path).problems[0]
         path = tmp_path / "traces" / "horovod-0001.json"
         whole = path.read_bytes()
         for length in range(0, len(whole), 7):
@@ -212,7 +219,9 @@ class TestMerging:
         assert sum(event["name"] == "forward" for event in events) == 2
 
     @pytest.mark.parametrize("value", ["null", "[]", "7", '"x"', '{"a": 1}', "[1, 2]", "[[1]]"])
-    @pytest.mark.parametrize("key", ["rank", "session", "updates", "pings", "phases", "host"])
+    @pytest.mark.parametrize(
+        "key", ["rank", "pid", "session", "updates", "pings", "phases", "host"]
+    )
     def test_no_about_file_ends_in_a_traceback(self, key: str, value: str, tmp_path: Path) -> None:
         write_rank(tmp_path / "traces", 0)
         write_rank(tmp_path / "traces", 1)
@@ -220,7 +229,14 @@ class TestMerging:
         path.write_text(json.dumps({**json.loads(path.read_text()), key: json.loads(value)}))
         assert main(["trace", str(tmp_path)]) in (0, 2)
 
-    @pytest.mark.parametrize("value", ["null", "7", '[null, 7, "x", {}, {"pid": 1}]', '{"a": 1}'])
+    @pytest.mark.parametrize(
+        "value",
+        [
+            *("null", "7", '[null, 7, "x", {}, {"pid": 1}]', '{"a": 1}'),
+            '[{"ph": "X", "pid": 1, "tid": 1, "ts": NaN, "dur": Infinity, "name": "\t"}]',
+            '[{"ph": "X", "pid": 1, "tid": 1, "ts": 1, "dur": NaN, "name": "\t"}]',
+        ],
+    )
     def test_no_trace_file_ends_in_a_traceback(self, value: str, tmp_path: Path) -> None:
         write_rank(tmp_path / "traces", 0)
         path = tmp_path / "traces" / "rank-0000.json"

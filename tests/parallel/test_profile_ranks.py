@@ -25,7 +25,8 @@ EVEN = (
 
 MODEL = """
 import atexit, json, os, time
-from torch import nn, optim
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from harness.data.datasets import ImageSplit
 
 RANK = int(os.environ["OMPI_COMM_WORLD_RANK"])
@@ -84,7 +85,7 @@ CAUSES = {
     "a slow rank": ("if RANK == 1: Net.forward = slowly(Net.forward)", "forward"),
     "a slow loader": ("if RANK == 1: ImageSplit.batch = slowly(ImageSplit.batch)", "data"),
     "a large step": (
-        "if RANK == 1: optim.optimizer.register_optimizer_step_pre_hook(slowly(lambda *_: None))",
+        "if RANK == 1: register_optimizer_step_pre_hook(slowly(lambda *_: None))",
         "optimizer",
     ),
 }
