@@ -64,8 +64,9 @@ def _gpu(device: torch.device) -> dict[str, int | None]:
     """Its share of time with a kernel, and its memory in use, by whichever process."""
     reading: dict[str, int | None] = {"gpu_percent": None, "gpu_memory_bytes": None}
     if device.type == "cuda":
-        # torch takes NVML's Python module, which may be missing, and its own index for the device.
-        with suppress(ImportError, RuntimeError):
+        # torch sees to NVML's own numbering of devices. NVML's Python module may be missing, and
+        # has errors of its own for what a device does not tell, as one that MIG shares out.
+        with suppress(Exception):
             reading["gpu_percent"] = torch.cuda.utilization(device)
         with suppress(RuntimeError):
             free, total = torch.cuda.mem_get_info(device)

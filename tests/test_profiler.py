@@ -411,6 +411,24 @@ class TestCounters:
         assert reading["gpu_percent"] is reading["gpu_memory_bytes"] is None
         json.dumps(reading)
 
+    @pytest.mark.parametrize("missing", [None, ImportError(), LookupError("not supported")])
+    def test_of_a_gpu_are_null_where_it_does_not_tell(
+        self, missing: Exception | None, monkeypatch: pytest.MonkeyPatch, ticking: Ticking
+    ) -> None:
+        def utilization(device: torch.device) -> int:
+            if missing is not None:
+                raise missing
+            return 63
+
+        monkeypatch.setattr(torch.cuda, "utilization", utilization)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 8 << 30))
+        counters = Counters(torch.device("cuda", 1))
+        ticking.spend(2.0)
+        reading = counters.read()
+        assert reading is not None
+        assert reading["gpu_percent"] == (63 if missing is None else None)
+        assert reading["gpu_memory_bytes"] == 5 << 30
+
     def test_the_memory_peak_never_falls(self) -> None:
         before = memory_peak(torch.device("cpu"))
         held = torch.ones(1 << 22)
