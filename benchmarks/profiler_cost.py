@@ -6,8 +6,9 @@ median of the pairs' ratios and its 95 % interval by order statistics, which nee
 how times are spread. And, with ``--runs``, whole runs with ``profile.enabled`` true and false in
 pairs: the mean of the ratios and Student's interval, as wide as the machine is busy.
 
-Then what a mark between two phases takes. Those are made either way: throughput is measured by
-them.
+And the processor time of its parts by themselves, which depends little on how busy the machine is:
+a mark between two phases (those are made either way: throughput is measured by them), what a line
+takes without its collective, and a reading of the counters.
 """
 
 from __future__ import annotations
@@ -21,15 +22,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from harness.comm import SoloCommunicator
+from harness.counters import Counters
 from harness.models import build_model
 from harness.phases import HostClock
 from harness.profiler import Facts, Profiler
+from harness.schema import Profile
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "adabatch-digits.yaml"
 # Two-sided 95 % points of Student's t, by degrees of freedom.
@@ -109,13 +115,12 @@ def within_a_run(options: argparse.Namespace) -> None:
     # The median lies between these of its order statistics (normal approximation of the binomial).
     reach = 1.96 * math.sqrt(count) / 2
     low, high = (ratios[max(0, min(count - 1, round(count / 2 + s * reach)))] for s in (-1, 1))
-    update, mark = statistics.median(took), cost_of_a_mark()
+    update = statistics.median(took)
     print(
         f"{options.model}, {options.ranks} ranks, {update * 1e3:.2f} ms an update, lines of "
         f"10: on against off {statistics.median(ratios):+.2%} (95 %: {low:+.2%} to {high:+.2%}, "
         f"{count} pairs of lines)"
     )
-    print(f"a mark takes {mark * 1e9:.0f} ns; the 7 of an update are {7 * mark / update:.4%} of it")
 
 
 def between_runs(options: argparse.Namespace) -> None:
@@ -135,13 +140,34 @@ def between_runs(options: argparse.Namespace) -> None:
     )
 
 
-def cost_of_a_mark(rounds: int = 200_000) -> float:
-    """In seconds."""
-    clock = HostClock()
-    begin = time.perf_counter()
+def processor_seconds(call: Callable[[], object], rounds: int) -> float:
+    """Of one call, on average."""
+    begin = time.thread_time()
     for _ in range(rounds):
-        clock.mark("forward")
-    return (time.perf_counter() - begin) / rounds
+        call()
+    return (time.thread_time() - begin) / rounds
+
+
+def parts() -> None:
+    clock, counters = HostClock(), Counters(torch.device("cpu"))
+    profiler = Profiler(Profile(), SoloCommunicator(), Path())
+
+    def line() -> None:
+        profiler.take()
+        for update in range(10):
+            profiler.end(update)
+        profiler.facts()
+
+    def reading() -> None:
+        counters._read_at = -math.inf  # as if the last one were long ago
+        counters.read()
+
+    mark = processor_seconds(lambda: clock.mark("forward"), 100_000)
+    print(
+        f"processor time: a mark {mark * 1e9:.0f} ns (7 an update), a line without its collective "
+        f"{processor_seconds(line, 2000) * 1e6:.0f} µs, a reading of the counters, at most one a "
+        f"second, {processor_seconds(reading, 500) * 1e6:.0f} µs"
+    )
 
 
 def main() -> None:
@@ -151,6 +177,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=4000)
     parser.add_argument("--runs", type=int, default=0, choices=(0, *range(2, len(_T) + 2)))
     options = parser.parse_args()
+    parts()
     within_a_run(options)
     if options.runs:
         between_runs(options)
