@@ -22,7 +22,7 @@ import torch
 from harness.errors import CheckpointError
 from harness.records import write_atomic
 
-FORMAT = 3
+FORMAT = 4
 State = dict[str, Any]
 
 _NAME = re.compile(r"update-(\d{8,})\.pt")

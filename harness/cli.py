@@ -126,6 +126,12 @@ def _parser() -> argparse.ArgumentParser:
         help="seconds between looks (default: 1)",
     )
     watch.set_defaults(run=_watch)
+    trace = commands.add_parser("trace", help="the ranks' traces as one file for Perfetto")
+    trace.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    trace.add_argument(
+        "-o", "--out", type=Path, metavar="FILE", help="default: RUN_DIR/traces/merged.json"
+    )
+    trace.set_defaults(run=_trace)
 
     report = commands.add_parser("report", help="one page from one or more run directories")
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
@@ -327,6 +333,16 @@ def _report(options: argparse.Namespace) -> int:
     from harness.report import build_report
 
     print(build_report(options.run_dirs, options.out))
+    return 0
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from harness.trace_merge import merge_traces
+
+    merged = merge_traces(options.run_dir, options.out)
+    for problem in merged.problems:
+        print(f"harness: {problem}", file=sys.stderr)
+    print(merged)
     return 0
 
 

@@ -36,6 +36,8 @@ CYCLE_TIME = "HOROVOD_CYCLE_TIME"
 """Milliseconds between two looks for work of Horovod's background thread."""
 FUSION = "HOROVOD_FUSION_THRESHOLD"
 """Bytes that Horovod puts together into one operation; 0: no fusion."""
+TIMELINE = "HOROVOD_TIMELINE"
+"""Where Horovod writes its timeline; ``DYNAMIC``: where it is told to, once it runs."""
 YIELD = "OMPI_MCA_mpi_yield_when_idle"
 """``1``: an MPI process that waits offers its core to others."""
 

@@ -19,7 +19,7 @@ from harness.forward import ForwardPass
 from harness.gradstats import clip_factor
 from harness.keyed import fold_key
 from harness.optimizer import build_optimizer, set_rates
-from harness.profiler import PhaseClock
+from harness.profiler import Profiler
 from harness.reducer import GradientReducer, Reduced
 from harness.schedule.rates import Rates
 from harness.schema import Config
@@ -62,11 +62,12 @@ class GradientStep:
         data: ImageData,
         model: nn.Module,
         comm: Communicator,
-        phases: PhaseClock,
+        profiler: Profiler,
         tuned: Tuned | None = None,
     ) -> None:
-        """``phases``: told where the time goes; ``tuned``: see `Trainer`."""
-        self._config, self._comm, self._phases = config, comm, phases
+        """``profiler``: told where the time goes; ``tuned``: see `Trainer`."""
+        self._config, self._comm, self._profiler = config, comm, profiler
+        self._phases = profiler.clock
         self._micro, self._sync = config.batch.micro_batch, config.train.sync_batch_norm
         self._sampler = GlobalBatchSampler(len(data.train), config.seed, self._micro)
         self._feed = Feed(
@@ -153,9 +154,10 @@ class GradientStep:
         self.reducer.start(passes, micro_norms=norms, loss_scale=scale)
         total = torch.zeros((), dtype=torch.float64, device=self._comm.device)
         corrupt: list[str] = []
-        for micro, batch in self._feed.update(seen, size, following):
+        for micro, batch in self._feed.update(seen, size, following, self._phases):
             corrupt += batch.corrupt
             self._phases.mark("data")
+            self._profiler.worked(len(batch.labels))
             if not len(batch.labels) and not self._sync:
                 self.reducer.backward(None)
                 continue

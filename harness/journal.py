@@ -23,7 +23,7 @@ class Journal:
     ) -> None:
         """``position``: how much of the records is there already, for a run that goes on;
         ``scalars``: a copy for TensorBoard, closed with the journal."""
-        self._run = run
+        self.run = run
         self._keep = keep_checkpoints
         self._lines, self._trajectory = position.metrics, position.events
         self._layer_lines = position.layers
@@ -51,7 +51,7 @@ class Journal:
     def layers(self, line: dict[str, Any]) -> None:
         """Append a line to layers.jsonl, which the first one creates."""
         if self._metrics is not None:
-            self._layers = self._layers or JsonlWriter(self._run.layers)
+            self._layers = self._layers or JsonlWriter(self.run.layers)
             self._layer_lines += 1
             self._layers.append(line)
 
@@ -73,7 +73,7 @@ class Journal:
             events.sync()
 
         checkpoint.save_checkpoint(
-            self._run.checkpoints,
+            self.run.checkpoints,
             update,
             {**state, "records": asdict(position)},
             self._keep,

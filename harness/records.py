@@ -6,6 +6,7 @@
     layers.jsonl    per-layer ‖w‖, ‖∇w‖ and trust ratio, where train.layers_every asks for it
     checkpoints/    update-00001234.pt and its digest
     tensorboard/    a copy of metrics and evaluations as TensorBoard's event files
+    traces/         of chosen updates, where profile.trace asks for it; Horovod's timeline
     failures/       the last words of ranks that failed
     report/         index.html, summary.json, *.csv, *.svg
 
@@ -84,6 +85,10 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def traces(self) -> Path:
+        return self.path / "traces"
 
     @property
     def failures(self) -> Path:

@@ -34,7 +34,7 @@ _FREE = frozenset(
         "train.tensorboard",
     }
 )
-_FREE_SECTIONS = ("paper.", "launch.", "slurm.")
+_FREE_SECTIONS = ("paper.", "profile.", "launch.", "slurm.")
 
 
 def check_same_run(config: Config, run: RunDirectory) -> None:

@@ -677,6 +677,49 @@ class Train(Section):
     """Write scalars for TensorBoard; null: if its package is installed."""
 
 
+def _updates(value: object) -> list[int]:
+    if (
+        not isinstance(value, list)
+        or len(value) != 2
+        or not all(type(update) is int for update in value)
+        or not 1 <= value[0] <= value[1] < value[0] + 100
+    ):
+        raise ValueError(
+            "must be the first and the last of at most 100 updates, such as [100, 103], not "
+            f"{shown(value)}"
+        )
+    return value
+
+
+def _traced(value: object) -> Literal["all"] | list[int]:
+    if value == "all":
+        return "all"
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(type(rank) is int and 0 <= rank < 2**31 for rank in value)
+    ):
+        raise ValueError(f"must be all, or a list of ranks such as [0, 3], not {shown(value)}")
+    return value
+
+
+class Trace(Section):
+    """A trace of some updates by torch.profiler; it slows these down."""
+
+    updates: Annotated[list[int], PlainValidator(_updates)]
+    """The first and the last of them, counted from 1 as in metrics.jsonl."""
+    ranks: Annotated[Literal["all"] | list[int], PlainValidator(_traced)] = "all"
+    """Which ranks write one."""
+
+
+class Profile(Section):
+    enabled: bool = True
+    """Compare the ranks' times in metrics.jsonl, name stragglers, read the machine's counters."""
+    trace: Trace | None = None
+    timeline: bool = False
+    """Horovod's own timeline of its operations (HOROVOD_TIMELINE)."""
+
+
 class Config(Section):
     """One training run. ``harness plan CONFIG`` shows what it comes to."""
 
@@ -692,6 +735,7 @@ class Config(Section):
     lr: LearningRate
     comm: Comm = Comm()
     train: Train
+    profile: Profile = Profile()
     launch: Launch = Launch()
     slurm: Slurm = Slurm()
 
@@ -699,6 +743,7 @@ class Config(Section):
     def _consistent(self) -> Self:
         check_shares(self, self.ranks.start)
         self._check_lengths()
+        self._check_profile()
         if isinstance(self.batch.growth, NoiseGrowth) and self.train.sync_batch_norm:
             raise ValueError(
                 "batch.growth.policy = noise cannot measure with train.sync_batch_norm = true: the "
@@ -710,6 +755,19 @@ class Config(Section):
                 "use comm.backend=horovod"
             )
         return self
+
+    def _check_profile(self) -> None:
+        trace, total = self.profile.trace, self.train.duration
+        if trace is not None and total.unit == "up" and trace.updates[0] > total.value:
+            raise ValueError(
+                f"profile.trace.updates begins at {trace.updates[0]}, after train.duration = "
+                f"{total}"
+            )
+        if self.profile.timeline and self.comm.backend != "horovod":
+            raise ValueError(
+                "profile.timeline = true is Horovod's, and comm.backend = "
+                f"{self.comm.backend}; use comm.backend=horovod"
+            )
 
     def _check_lengths(self) -> None:
         growth, warmup, decay, total = (

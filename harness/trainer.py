@@ -30,7 +30,7 @@ from harness.gradient_step import Gradient, GradientStep
 from harness.gradstats import DistanceFromInit, layer_statistics
 from harness.journal import Journal
 from harness.keyed import fold_key
-from harness.profiler import PhaseClock
+from harness.profiler import Profiler
 from harness.progress import Display, Pace, Status
 from harness.schedule.clock import Clock, step, update_size
 from harness.schedule.configured import rate_schedule, stage_scheduler
@@ -81,9 +81,9 @@ class Trainer:
         self._end = run_end(config, size)
         self._scheduler = stage_scheduler(config.batch, self._agree)
         self._rates = rate_schedule(config)
-        self._phases = PhaseClock()
+        self._profiler = Profiler(config.profile, comm, journal.run.traces)
         self._tuned = tuned
-        self._step = GradientStep(config, data, model, comm, self._phases, tuned)
+        self._step = GradientStep(config, data, model, comm, self._profiler, tuned)
         self._noise = NoiseScale()
         self._initial = DistanceFromInit(model)
         self._window = Window()
@@ -105,16 +105,21 @@ class Trainer:
         Raises StoppedEarly after a checkpoint on request, HarnessError if the run diverges.
         """
         self._model.train()
-        while not self._end.reached(self.clock):
-            decision = self._decide()
-            pieces = decompose(decision.batch, self._config.batch.micro_batch, self._comm.size)
-            if decision.stage != self._stage:
-                self._enter_stage(decision, pieces)
-            self._update(decision, pieces)
-        return self._finish()
+        self._profiler.clock.restart()
+        try:
+            while not self._end.reached(self.clock):
+                decision = self._decide()
+                pieces = decompose(decision.batch, self._config.batch.micro_batch, self._comm.size)
+                if decision.stage != self._stage:
+                    self._enter_stage(decision, pieces)
+                self._update(decision, pieces)
+            return self._finish()
+        finally:
+            self._profiler.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on."""
+        self._window.spend(self._profiler.take())
         return {
             "model": self._model.state_dict(),
             **self._step.state_dict(),
@@ -193,7 +198,10 @@ class Trainer:
         if count is not None and count < size:
             key = fold_key(self._config.seed, _LOSS_SAMPLE, self.clock.samples)
             samples = permute(np.arange(count, dtype=np.uint64), size, key).astype(np.int64)
-        with averaged_buffers(self._model, gather_buffers(self._model, self._comm)):
+        with (
+            self._profiler.outside(),
+            averaged_buffers(self._model, gather_buffers(self._model, self._comm)),
+        ):
             return self._measure(self._data.train, samples).loss
 
     def _measure(self, split: Split, samples: npt.NDArray[np.int64] | None = None) -> Evaluation:
@@ -249,7 +257,7 @@ class Trainer:
         epoch_end = self._config.batch.epoch_end
         size = update_size(self.clock, decision.batch, epoch_end, self._end)
         rates = self._rates.at(self.clock, decision)
-        self._phases.restart()
+        self._profiler.begin(self.clock.updates + 1)
         gradient = self._step.gradient(
             self.clock.samples, size, self._following(decision.batch), self._wants_to_leave
         )
@@ -258,7 +266,9 @@ class Trainer:
         self._note_corrupt("train", gradient.corrupt)
         self._observe(gradient)
         self._apply(gradient, rates)
-        self._phases.mark("optimizer")
+        self._profiler.clock.mark("optimizer")
+        if self._profiler.end(self.clock.updates):
+            self._journal.event("trace", self.clock.updates, samples_seen=self.clock.samples)
         self._account(gradient, decision, pieces, rates)
         news = self._milestones(before)
         self._show(decision, pieces, gradient.loss, news)
@@ -325,8 +335,7 @@ class Trainer:
         rates: Rates,
     ) -> None:
         size, reduced = gradient.size, gradient.reduced
-        seconds = self._phases.take()
-        spent = sum(seconds.values())
+        spent = self._profiler.clock.lap()
         self._train_seconds += spent
         self._pace.add(size, spent)
         latest = {
@@ -343,17 +352,22 @@ class Trainer:
             "grad_norm": reduced.grad_norm,
             "noise_scale": self._noise.scale,
         }
-        self._window.add(
-            size, gradient.kept, gradient.loss_sum, reduced.bytes_sent, seconds, latest
-        )
+        self._window.add(size, gradient.kept, gradient.loss_sum, reduced.bytes_sent, latest)
         if self._window.updates >= self._config.train.log_every:
             self._flush_window()
 
     def _flush_window(self) -> None:
-        if self._window.updates:
-            distance = self._initial.distance(self._model) if self._comm.rank == 0 else None
-            self._journal.metrics({**self._window.line(), "distance_from_init": distance})
-            self._window = Window()
+        if not self._window.updates:
+            return
+        self._window.spend(self._profiler.take())
+        facts = self._profiler.facts()
+        distance = self._initial.distance(self._model) if self._comm.rank == 0 else None
+        self._journal.metrics(
+            {**self._window.line(), "distance_from_init": distance, **facts.fields}
+        )
+        if facts.straggler is not None:
+            self._journal.event("straggler", self.clock.updates, **facts.straggler)
+        self._window = Window()
 
     def _log_layers(self) -> None:
         if self._comm.rank == 0:
@@ -370,7 +384,8 @@ class Trainer:
         """Evaluate and save where the clock has passed their times; whether it evaluated."""
         train = self._config.train
         if train.layers_every and (self._passed(train.layers_every, before) or not before.updates):
-            self._log_layers()
+            with self._profiler.outside():
+                self._log_layers()
         evaluates = self._passed(train.eval_every, before)
         if evaluates:
             self._flush_window()  # so that curves have a point for each evaluation
@@ -385,7 +400,10 @@ class Trainer:
     def _evaluate(self) -> Evaluation:
         if self._evaluation is not None and self._evaluated_at == self.clock.updates:
             return self._evaluation
-        with averaged_buffers(self._model, gather_buffers(self._model, self._comm)):
+        with (
+            self._profiler.outside(),
+            averaged_buffers(self._model, gather_buffers(self._model, self._comm)),
+        ):
             self._evaluation = self._measure(self._data.test)
         self._evaluated_at = self.clock.updates
         self._journal.event(
@@ -404,13 +422,17 @@ class Trainer:
     def _save(self) -> None:
         if self._saved_at == self.clock.updates:
             return
+        with self._profiler.outside():
+            self._write_checkpoint()
+        self._saved_at = self.clock.updates
+
+    def _write_checkpoint(self) -> None:
         check_equal(self._model, self._step.optimizer, self._comm, self.clock.updates)
         table = gather_buffers(self._model, self._comm)
         residuals = gather_residuals(self._step.reducer.residuals, self._comm)
         with averaged_buffers(self._model, table):
             state = {**self.state_dict(), "rank_buffers": table, "rank_residuals": residuals}
             self._journal.save(self.clock.updates, self.clock.samples, state)
-        self._saved_at = self.clock.updates
 
     def _wants_to_leave(self) -> bool:
         """Whether this rank has a reason to end its work after this update."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from harness.profiler import PHASES
+from harness.phases import PHASES
 
 
 @dataclass
@@ -28,18 +28,20 @@ class Window:
         kept: int,
         loss_sum: float,
         bytes_sent: int,
-        seconds: dict[str, float],
         latest: dict[str, Any],
     ) -> None:
-        """Count one update."""
+        """Count one update; its time comes by `spend`."""
         self.updates += 1
         self.samples += samples
         self.kept += kept
         self.loss_sum += loss_sum
         self.bytes_sent += bytes_sent
+        self.latest = latest
+
+    def spend(self, seconds: dict[str, float]) -> None:
+        """Count time by phase, of any number of updates."""
         for phase, spent in seconds.items():
             self.seconds[phase] += spent
-        self.latest = latest
 
     def line(self) -> dict[str, Any]:
         """The record: ``images_per_sec`` is samples of all ranks over the time of their updates."""

@@ -48,6 +48,7 @@ from harness.schema import Config
 from harness.stop import StopRequest
 from harness.syncbn import convert
 from harness.tensorboard import Scalars, check_installed, open_scalars
+from harness.tracing import next_timeline
 from harness.trainer import Trainer
 
 
@@ -84,7 +85,7 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: Path, resume: bo
                 if membership is not None:
                     membership.assemble()
                 _set_threads(config)
-                comm = open_communicator(config.comm)
+                comm = open_communicator(config.comm, config.profile.timeline)
                 _run(config, run, resume, comm, stop, membership)
                 finished = True
             except (Regroup, PeerLost) as left:
@@ -161,6 +162,8 @@ def _run(
         held.callback(journal.close)
         display = _display(comm)
         held.callback(display.close)
+        if config.profile.timeline:
+            _start_timeline(run, comm, display)
         tuned = together(comm, lambda: _tune(config, model, data, comm, resumed))
         trainer = Trainer(
             config,
@@ -252,6 +255,18 @@ def _find(run: RunDirectory) -> _Resumed:
     if found is not None:
         resumed.content, resumed.name = found.content, found.path.name
     return resumed
+
+
+def _start_timeline(run: RunDirectory, comm: Communicator, display: Display) -> None:
+    """Horovod's timeline of this start of the ranks, which rank 0 writes."""
+    if not comm.kind.startswith("horovod"):
+        display.say("harness: profile.timeline: a single process has no Horovod to tell of")
+        return
+    from harness.comm.horovod import start_timeline
+
+    start_timeline(
+        together(comm, lambda: next_timeline(run.traces) if comm.rank == 0 else run.traces)
+    )
 
 
 def _tune(

@@ -136,6 +136,11 @@ FULL: dict[str, Any] = {
         "layers_every": "2ep",
         "tensorboard": True,
     },
+    "profile": {
+        "enabled": False,
+        "trace": {"updates": [100, 103], "ranks": [0, 3]},
+        "timeline": True,
+    },
     "launch": {
         "launcher": "mpirun",
         "mpi": "openmpi5",

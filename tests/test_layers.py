@@ -46,6 +46,8 @@ ABOVE_THE_LINE = (
     "harness.scaling",
     "harness.records",
     "harness.tensorboard",
+    "harness.spread",
+    "harness.trace_merge",
     "harness.resume",
     "harness.standing",
     "harness.follow",
@@ -57,6 +59,10 @@ ABOVE_THE_LINE = (
 )
 BELOW_THE_LINE = (
     "harness.comm",
+    "harness.phases",
+    "harness.counters",
+    "harness.tracing",
+    "harness.profiler",
     "harness.memory",
     "harness.buckets",
     "harness.compression",
@@ -72,7 +78,6 @@ BELOW_THE_LINE = (
     "harness.optimizer",
     "harness.models",
     "harness.data",
-    "harness.profiler",
     "harness.window",
     "harness.stop",
     "harness.checkpoint",

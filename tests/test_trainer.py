@@ -185,12 +185,12 @@ def run(trainer: Trainer) -> None:
 
 
 def comparable(directory: Path) -> list[dict[str, Any]]:
-    drop = {"time", "seconds", "images_per_sec"}
+    drop = {"time", "seconds", "images_per_sec", "rank_seconds", "memory_peak_bytes", "counters"}
     return [
         {key: value for key, value in line.items() if key not in drop}
         for name in ("metrics.jsonl", "events.jsonl", "layers.jsonl")
         for line in read(directory / name)
-        if line.get("kind") not in ("stop", "checkpoint")
+        if line.get("kind") not in ("stop", "checkpoint", "straggler")
     ]
 
 

@@ -20,10 +20,13 @@ __all__ = [
 ]
 
 
-def open_communicator(settings: Comm | Literal["horovod", "torch", "solo"]) -> Communicator:
+def open_communicator(
+    settings: Comm | Literal["horovod", "torch", "solo"], timeline: bool = False
+) -> Communicator:
     """Join the other ranks, and assert that all that the launcher promised are there.
 
-    A backend's name stands for its default settings. A process that no launcher started is alone:
+    A backend's name stands for its default settings; ``timeline``: one may be started by
+    `harness.comm.horovod.start_timeline`. A process that no launcher started is alone:
     it gets the solo communicator. Raises LaunchError if Horovod is missing or the ranks cannot find
     each other, RankFailure if the world has another size than promised: a launcher and an MPI that
     do not match give N separate worlds of one rank, without a word.
@@ -38,7 +41,7 @@ def open_communicator(settings: Comm | Literal["horovod", "torch", "solo"]) -> C
                 "use comm.backend=horovod"
             )
         return SoloCommunicator()
-    comm = _join(settings)
+    comm = _join(settings, timeline)
     if comm.size != promised:
         found = comm.size
         comm.close()
@@ -52,7 +55,7 @@ def open_communicator(settings: Comm | Literal["horovod", "torch", "solo"]) -> C
     return comm
 
 
-def _join(settings: Comm) -> Communicator:
+def _join(settings: Comm, timeline: bool) -> Communicator:
     # Imported only where they are used: Horovod may be missing.
     if settings.backend == "torch":
         from harness.comm.torch_dist import TorchCommunicator
@@ -65,4 +68,4 @@ def _join(settings: Comm) -> Communicator:
             f"Horovod cannot be imported ({error}); build it with `python -m launch.bootstrap "
             "--horovod-only`, or use comm.backend=torch"
         ) from None
-    return HorovodCommunicator(settings)
+    return HorovodCommunicator(settings, timeline)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import horovod.torch as hvd
 import torch
@@ -24,8 +25,11 @@ class HorovodCommunicator:
     Seen to work on CPUs. A Horovod that was built with NCCL was not measured.
     """
 
-    def __init__(self, settings: Comm | None = None) -> None:
+    def __init__(self, settings: Comm | None = None, timeline: bool = False) -> None:
+        """``timeline``: `start_timeline` may be called."""
         settle(settings or Comm())
+        if timeline:
+            os.environ[environment.TIMELINE] = "DYNAMIC"
         hvd.init()
         # Built without NCCL, Horovod has no way of its own between GPUs; ranks that share one go
         # through the host anyway.
@@ -90,6 +94,11 @@ def listen_for_hosts(tell: Callable[[], None]) -> None:
     would change the world while this process is rank 0."""
     notification_manager.init()
     notification_manager.register_listener(_Listener(tell))
+
+
+def start_timeline(path: Path) -> None:
+    """Have Horovod write its timeline there, on rank 0, until the ranks part. All ranks call it."""
+    hvd.start_timeline(str(path))
 
 
 def settle(settings: Comm) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from harness.data.augment import Augmentation
 from harness.dataset_table import DATASETS
+from harness.phases import copying
 from harness.schema import Data
 
 I64 = npt.NDArray[np.int64]
@@ -189,7 +190,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device; a copy to a GPU leaves from pinned memory and is not waited for."""
     if device.type == "cpu":
         return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+    with copying():
+        pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+        return pinned.to(device, non_blocking=True)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from harness.data.datasets import Batch, Pending, Split
 from harness.data.sampler import GlobalBatchSampler, MicroBatch
+from harness.phases import HostClock, copies_marked
 
 I64 = npt.NDArray[np.int64]
 
@@ -37,12 +38,16 @@ class Feed:
         self._asked: deque[tuple[MicroBatch, Pending]] = deque()
 
     def update(
-        self, seen: int, size: int, following: Iterable[tuple[int, int]] = ()
+        self,
+        seen: int,
+        size: int,
+        following: Iterable[tuple[int, int]] = (),
+        clock: HostClock | None = None,
     ) -> Iterator[tuple[MicroBatch, Batch]]:
         """The micro-batches of the update of ``size`` samples after ``seen``, in order.
 
         ``following``: the same of the updates after it, as far as can be guessed; read only as far
-        as needed.
+        as needed. ``clock``: marks what a copy to a GPU takes.
         """
         count = self._sampler.count(size, self._ranks, self._rank)
         stream = self._stream(seen, size, following)
@@ -51,7 +56,9 @@ class Feed:
             self._ask(stream, 1)
             micro, pending = self._asked.popleft()
             self._ask(stream, self._split.ahead)
-            yield micro, pending.take()
+            with copies_marked(clock):
+                batch = pending.take()
+            yield micro, batch
 
     def close(self) -> None:
         """Let go of what has been asked for."""

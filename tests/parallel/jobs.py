@@ -16,7 +16,15 @@ import psutil
 import torch
 
 CONFIG = Path(__file__).parents[2] / "configs" / "adabatch-digits.yaml"
-TIMES = {"time", "images_per_sec", "seconds", "train_seconds"}
+TIMES = {
+    "time",
+    "images_per_sec",
+    "seconds",
+    "train_seconds",
+    "rank_seconds",
+    "memory_peak_bytes",
+    "counters",
+}
 
 
 def command(*arguments: object) -> list[str]:
