@@ -105,6 +105,7 @@ class Trainer:
         Raises StoppedEarly after a checkpoint on request, HarnessError if the run diverges.
         """
         self._model.train()
+        self._phases.restart()
         while not self._end.reached(self.clock):
             decision = self._decide()
             pieces = decompose(decision.batch, self._config.batch.micro_batch, self._comm.size)
@@ -198,7 +199,9 @@ class Trainer:
 
     def _measure(self, split: Split, samples: npt.NDArray[np.int64] | None = None) -> Evaluation:
         shape, autocast = self._data.shape, self._step.precision.autocast
-        return evaluate(self._model, split, self._comm, samples, shape, autocast)
+        measured = evaluate(self._model, split, self._comm, samples, shape, autocast)
+        self._phases.restart()
+        return measured
 
     def _enter_stage(self, decision: BatchDecision, pieces: Decomposition) -> None:
         self._flush_window()  # a line holds updates of one stage only
@@ -249,7 +252,7 @@ class Trainer:
         epoch_end = self._config.batch.epoch_end
         size = update_size(self.clock, decision.batch, epoch_end, self._end)
         rates = self._rates.at(self.clock, decision)
-        self._phases.restart()
+        self._phases.mark("other")  # the records of the update before, and the decision on this one
         gradient = self._step.gradient(
             self.clock.samples, size, self._following(decision.batch), self._wants_to_leave
         )
@@ -351,7 +354,9 @@ class Trainer:
 
     def _flush_window(self) -> None:
         if self._window.updates:
-            distance = self._initial.distance(self._model) if self._comm.rank == 0 else None
+            # A look at all weights, which a run that is measured does without.
+            looks = self._comm.rank == 0 and not self._stop.measured
+            distance = self._initial.distance(self._model) if looks else None
             self._journal.metrics({**self._window.line(), "distance_from_init": distance})
             self._window = Window()
 
@@ -411,6 +416,7 @@ class Trainer:
             state = {**self.state_dict(), "rank_buffers": table, "rank_residuals": residuals}
             self._journal.save(self.clock.updates, self.clock.samples, state)
         self._saved_at = self.clock.updates
+        self._phases.restart()
 
     def _wants_to_leave(self) -> bool:
         """Whether this rank has a reason to end its work after this update."""

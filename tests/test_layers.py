@@ -41,9 +41,14 @@ ABOVE_THE_LINE = (
     "harness.schedule.noise",
     "harness.schedule.configured",
     "harness.schedule.plan",
+    "harness.records",
+    "harness.benchfile",
+    "harness.benchstats",
+    "harness.benchruns",
+    "harness.benchseries",
+    "harness.benchtable",
     "harness.schedule.costs",
     "harness.schedule.table",
-    "harness.records",
     "harness.resume",
     "harness.report",
 )
@@ -79,6 +84,7 @@ BELOW_THE_LINE = (
     "harness.trainer",
     "harness.worker",
     "harness.probe",
+    "harness.benchmachine",
 )
 LAUNCH = (
     "launch.bootstrap",
@@ -100,6 +106,7 @@ LAUNCH = (
     "launch.assemble",
     "launch.supervise",
     "launch.probe",
+    "launch.bench",
     "launch.slurm",
     "launch.jobs",
     "launch.graph",
