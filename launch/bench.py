@@ -45,6 +45,7 @@ from harness.errors import (
     LaunchError,
     RunDirectoryError,
     StoppedEarly,
+    UsageError,
 )
 from harness.progress import Status
 from harness.records import RunDirectory, RunLock, write_atomic
@@ -102,16 +103,22 @@ def bench(request: BenchRequest) -> int:
         return 0
     directory = request.out or _fresh(task.config)
     earlier = _earlier(task, directory)
-    _check_reachable(task, _create(directory))
-    lock = RunLock(RunDirectory(directory), "launch.lock")
-    with lock, Stopper(lambda: runner.stop(), "after this update") as stopper:
-        runner = Runner(task, directory, stopper, earlier)
-        runner.run()
-    print_bench(runner.bench)
+    created = _create(directory)
+    try:
+        _check_reachable(task, directory)
+        runner = Runner(task, directory, earlier)
+        with RunLock(RunDirectory(directory), "launch.lock"), runner.stopper:
+            runner.run()
+    except UsageError:
+        if created:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+    done = runner.bench
+    print_bench(done)
     print(f"harness: {directory / NAME} is written")
-    if stopper.asked and runner.bench.status == "partial":
-        raise StoppedEarly("stopped on request; the same command with the same -o goes on")
-    return 1 if runner.bench.failures else 0
+    if runner.stopper.asked and done.status == "partial":
+        raise StoppedEarly(f"stopped on request; the same command with -o {directory} goes on")
+    return 1 if done.failures else 0
 
 
 @dataclass(frozen=True)
@@ -222,14 +229,16 @@ def _earlier(task: Task, directory: Path) -> Bench | None:
     return earlier
 
 
-def _create(directory: Path) -> Path:
+def _create(directory: Path) -> bool:
+    """Make the directory if it is not there yet; whether it was not."""
+    created = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunDirectoryError(
             f"{directory} cannot be created: {error.strerror}; choose another directory (-o)"
         ) from None
-    return directory
+    return created
 
 
 def _check_reachable(task: Task, directory: Path) -> None:
@@ -288,10 +297,9 @@ class Results:
 class Runner:
     """Goes through the repeats in their order, and writes down each one when it is measured."""
 
-    def __init__(
-        self, task: Task, directory: Path, stopper: Stopper, earlier: Bench | None
-    ) -> None:
-        self._task, self._directory, self._stopper = task, directory, stopper
+    def __init__(self, task: Task, directory: Path, earlier: Bench | None) -> None:
+        self._task, self._directory = task, directory
+        self.stopper = Stopper(self.stop, "after this update")
         self._shapes = {shape.name: shape for shape in task.series.shapes}
         self._results = _results(earlier)
         self._others = [p for p in earlier.points if p.name not in self._shapes] if earlier else []
@@ -322,7 +330,7 @@ class Runner:
             print(f"harness: {_size(task, len(pairs))}; bench directory {self._directory}")
             self._measure_machine()
         for index, (name, repeat) in enumerate(pairs, start=1):
-            if self._stopper.asked:
+            if self.stopper.asked:
                 break
             said = self._measure(self._shapes[name], repeat)
             if said is not None:
@@ -402,9 +410,11 @@ class Runner:
             str(self._directory.resolve()),
         )
         outcome = self._launch(shape, directory, words)
+        if outcome.kind == "refused":  # so would be all others
+            raise UsageError(outcome.message)
         if self._machine():
             problem = self._machine().get("flops_problem")
-        elif self._stopper.asked:
+        elif self.stopper.asked:
             return
         else:
             problem = outcome.message or "the ranks ended without a word"
@@ -418,7 +428,7 @@ class Runner:
         directory, pair = RunDirectory(path), (shape.name, number)
         self._results.failures.pop(pair, None)
         outcome = self._launch(shape, directory)
-        if self._stopper.asked:
+        if self.stopper.asked:
             shutil.rmtree(path, ignore_errors=True)
             return None
         try:
@@ -466,13 +476,13 @@ class Runner:
         )
         spec, argv = command_line(job, build_spec(job, task.hosts, shape.ranks, resume=False))
         self._current = directory
-        if self._stopper.asked:  # between the last look and now
+        if self.stopper.asked:  # between the last look and now
             self.stop()
         try:
             with directory.launch_log.open("a", encoding="utf-8") as log:
                 log.write(f"$ {spec.as_shell_command(argv)}\n")
                 tag = rank_tag(task.launcher, spec.mpi)
-                ended = execute(argv, spec, self._display, log, self._stopper, tag)
+                ended = execute(argv, spec, self._display, log, self.stopper, tag)
         finally:
             self._current = None
             self._display.clear()
