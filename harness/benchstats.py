@@ -40,7 +40,7 @@ def find_warmup(seconds: Sequence[float]) -> Warmup:
 
         Σ_{i>d} (r_i − r̄_d)² / (n − d)²,    r_i the rank of window i, r̄_d the mean after d
 
-    (White 1997, equation 3, there with the times themselves). Of more than 1,000 windows, equal
+    (White 1997, there with the times themselves). Of more than 1,000 windows, equal
     numbers of neighbours are put together first.
     """
     size = -(-len(seconds) // _MOST_BATCHES)

@@ -152,9 +152,9 @@ def _grids(bench: Bench) -> list[tuple[Table, str]]:
 
         return cell
 
-    fewest, smallest = ranks[0], batches[0]
+    fewest, smallest, several = ranks[0], batches[0], len(best) < len(bench.points)
     return [
-        (matrix(_rate), "images/s (of several micro-batches the best)"),
+        (matrix(_rate), "images/s" + ", of several micro-batches the best" * several),
         (matrix(over(lambda p: (smallest, p.ranks))), f"speed-up over a batch of {smallest:,}"),
         (
             matrix(over(lambda p: (p.global_batch, fewest))),
