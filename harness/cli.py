@@ -329,27 +329,28 @@ def _submit(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    from harness.progress import Unbreakable
     from launch.bench import BenchRequest, bench
 
-    return bench(
-        BenchRequest(
-            config_path=options.config,
-            ranks=options.ranks,
-            overrides=tuple(options.overrides),
-            mode=options.mode,
-            repeats=options.repeats,
-            micros=options.micro,
-            accumulations=options.accumulation,
-            batches=options.batches,
-            seconds=options.seconds,
-            peak=options.peak,
-            hosts=options.hosts,
-            hostfile=options.hostfile,
-            launcher=options.launcher,
-            out=options.out,
-            dry_run=options.dry_run,
-        )
+    request = BenchRequest(
+        config_path=options.config,
+        ranks=options.ranks,
+        overrides=tuple(options.overrides),
+        mode=options.mode,
+        repeats=options.repeats,
+        micros=options.micro,
+        accumulations=options.accumulation,
+        batches=options.batches,
+        seconds=options.seconds,
+        peak=options.peak,
+        hosts=options.hosts,
+        hostfile=options.hostfile,
+        launcher=options.launcher,
+        out=options.out,
+        dry_run=options.dry_run,
     )
+    with redirect_stdout(Unbreakable(sys.stdout)):
+        return bench(request)
 
 
 def _probe(options: argparse.Namespace) -> int:

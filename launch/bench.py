@@ -522,7 +522,8 @@ class _Display:
     def say(self, text: str) -> None:
         if text.startswith("harness: ") and text not in self._said:
             self._said.add(text)
-            print(text, flush=True)
+            # Not print: it would write into the line that is redrawn.
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def clear(self) -> None:
         """Between two launches."""
