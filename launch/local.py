@@ -23,7 +23,7 @@ def arguments(spec: LaunchSpec) -> list[str]:
             f"launch.bind = {spec.bind}: --launcher local binds no ranks; use horovodrun, mpirun "
             "or srun, or launch.bind=none and ranks.pin=true"
         )
-    if spec.ranks == 1:
+    if spec.ranks == 1 and not spec.like_many:
         return list(spec.command)
     ranks = f"--nproc-per-node={spec.ranks}"
     return ["torchrun", "--standalone", ranks, "--no-python", *spec.command]

@@ -42,6 +42,8 @@ class LaunchSpec:
     """What srun starts the ranks as."""
     srun_options: tuple[str, ...] = ()
     """Further words for srun, such as Pyxis's --container-image."""
+    like_many: bool = False
+    """Whether a single rank is to be started as several would be, which it is compared with."""
     as_root: bool = False
     """Whether root starts them, which Open MPI allows only where it is told to."""
 

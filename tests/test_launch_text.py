@@ -228,6 +228,13 @@ def test_one_local_rank_is_the_command_itself() -> None:
     assert local.arguments(one) == list(SPEC.command)
 
 
+def test_a_local_rank_that_is_compared_with_many_is_started_like_them() -> None:
+    one = replace(SPEC, ranks=1, hosts=(Host("localhost", 2),), like_many=True)
+    words = local.arguments(one)
+    assert words[:3] == ["torchrun", "--standalone", "--nproc-per-node=1"]
+    assert words[-len(SPEC.command) :] == list(SPEC.command)
+
+
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_no_values_of_variables_are_on_a_command_line(name: str) -> None:
     """They go through its environment: a command line is for all users of the machine to read."""

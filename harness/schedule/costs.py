@@ -1,9 +1,9 @@
 """What a plan costs: time, node-hours and bytes from a measured throughput, and uneven stages.
 
-Throughput files are runs' metrics.jsonl, or any JSON Lines files with some of their fields. They
-tell how long an update takes on the ranks and with the micro-batch that it was measured with. From
-there one can go to other accumulations, as a rank's micro-batches follow one another; not to other
-ranks.
+Throughput files are runs' metrics.jsonl, any JSON Lines files with some of their fields, or the
+bench.json of ``harness bench``. They tell how long an update takes on the ranks and with the
+micro-batch that it was measured with. From there one can go to other accumulations, as a rank's
+micro-batches follow one another; not to other ranks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from math import fsum, lcm
 from pathlib import Path
 from typing import Any, Literal
 
+from harness.benchfile import NAME, read_bench
 from harness.config import load_config
 from harness.errors import DataError, HarnessError
 from harness.schedule.clock import Clock, updates_by_size
@@ -301,16 +302,18 @@ class _Window:
 
 
 def read_throughput(*paths: Path) -> Throughput:
-    """Read throughput files, or the metrics.jsonl of run directories, as one.
+    """Read throughput files, the metrics.jsonl of run directories, or the bench.json of benches, as
+    one.
 
     Raises DataError, with the file and the line, for what is not in that form or tells nothing.
     """
     groups: dict[tuple[int, int], list[_Window]] = {}
     sent: list[tuple[int, float]] = []
     for path in paths:
-        windows, payloads = _read(_file(path))
+        file = _file(path)
+        windows, payloads = _read_points(file) if file.name == NAME else _read(file)
         sent += payloads
-        for window in _without_warm_up(windows):
+        for window in windows:
             groups.setdefault((window.ranks, window.micro_batch), []).append(window)
     sizes = [size for ranks, size in sent if ranks > 1] or [size for _, size in sent]
     return Throughput(
@@ -337,7 +340,22 @@ def measured_otherwise(config: Config, path: Path) -> list[str]:
 
 
 def _file(path: Path) -> Path:
-    return path / "metrics.jsonl" if os.path.isdir(path) else path  # Path.is_dir may raise
+    if not os.path.isdir(path):  # Path.is_dir may raise
+        return path
+    return path / (NAME if os.path.isfile(path / NAME) else "metrics.jsonl")
+
+
+def _read_points(file: Path) -> tuple[list[_Window], list[tuple[int, float]]]:
+    """The same of a bench, whose points have no warm-up: a window for each point."""
+    bench = read_bench(file)
+    if not bench.points:
+        raise DataError(f"{file}: no point has been measured yet")
+    windows = [
+        _Window(p.ranks, p.micro_batch, p.accumulation, p.accumulation, p.seconds_per_update)
+        for p in bench.points
+    ]
+    size = bench.gradient_bytes
+    return windows, [] if size is None else [(p.ranks, size) for p in bench.points]
 
 
 def _read(file: Path) -> tuple[list[_Window], list[tuple[int, float]]]:
@@ -357,7 +375,7 @@ def _read(file: Path) -> tuple[list[_Window], list[tuple[int, float]]]:
         before = fields
     if not windows:
         raise DataError(f"{file}: no line tells a throughput; {_FORM}")
-    return windows, sent
+    return _without_warm_up(windows), sent
 
 
 def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
