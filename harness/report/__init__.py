@@ -10,6 +10,16 @@ tables.py    stage table, event list, CSV files
 build.py     puts the parts together and writes the files (the only one that loads jinja2)
 """
 
-from harness.report.build import build_report
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
 
 __all__ = ["build_report"]
+
+
+def build_report(directories: Sequence[Path], out: Path | None = None) -> Path:
+    """``harness.report.build.build_report``, which is loaded when it is called: it needs numpy."""
+    from harness.report.build import build_report as build
+
+    return build(directories, out)

@@ -16,7 +16,7 @@ from harness.report.runs import Run, load_run
 from harness.report.summary import Summary, answer, compare, describe, summarise
 
 if TYPE_CHECKING:
-    from harness.report.figures import Figure
+    from harness.report.svg import Figure
 
 _HERE = Path(__file__).parent
 TABLE_ROWS = 400  # rows of a kind on the page, shared by all runs; the CSV files have all
@@ -114,10 +114,12 @@ def _contents(views: list[RunView]) -> dict[str, bytes | None]:
 
     The page comes last, so that it never speaks of files that are not there yet.
     """
-    from harness.report.figures import draw_all
+    from harness.report import svg
+    from harness.report.figures import draw_curves
 
     runs = [view.run for view in views]
-    figures = draw_all(runs, [view.numbers for view in views])
+    with svg.settings():
+        figures = draw_curves(runs, [view.numbers for view in views])
     files: dict[str, bytes | None] = {f"{figure.key}.svg": figure.file for figure in figures}
     files["metrics.csv"] = tables.metrics_csv(runs)
     files["evaluations.csv"] = tables.evaluations_csv(runs)
