@@ -120,16 +120,17 @@ def _per_run(
     return [line for line in lines if len(line.curve)]
 
 
-def _of_evaluations(run: Run, field: str, limit: int) -> Curve:
+def evaluations_of(run: Run, field: str) -> Curve:
+    """A field of the evaluations over samples seen."""
     told = [(e.samples_seen, getattr(e, field)) for e in run.evaluations]
     table = np.array(told, dtype=float).reshape(len(told), 2)
-    return extremes(curve(table[:, 0], table[:, 1]), limit)
+    return curve(table[:, 0], table[:, 1])
 
 
 def _accuracy(runs: list[Run], summaries: list[Summary]) -> Drawing:
     lines = []
     for run in runs:
-        shape = _of_evaluations(run, "accuracy", _limit(runs))
+        shape = extremes(evaluations_of(run, "accuracy"), _limit(runs))
         marker = "o" if len(shape.x) <= 40 else None
         lines.append(Line(shape, *look(run), run.label, marker=marker))
     what = "Accuracy on the whole test set at each evaluation."
@@ -144,7 +145,7 @@ def _loss(runs: list[Run], summaries: list[Summary]) -> Drawing:
     caption = "Training loss, averaged over each logging window."
     if len(runs) == 1:
         lines = [Line(line.curve, line.colour, label="training") for line in lines]
-        test = _of_evaluations(runs[0], "loss", POINTS)
+        test = extremes(evaluations_of(runs[0], "loss"), POINTS)
         if len(test):
             marker = "o" if len(test.x) <= 40 else None
             lines.append(Line(test, series(1), DASHES[1], "test", marker=marker))
@@ -291,7 +292,7 @@ def _render(drawing: Drawing, runs: list[Run]) -> Figure:
     def draw(canvas: Canvas) -> None:
         axes = canvas.add_subplot()
         for line in lines:
-            _plot(axes, line)
+            plot(axes, line)
         axes.set_title(drawing.axis, loc="left")
         _axes(axes, drawing.over)
         drawing.arrange(axes, lines)
@@ -329,7 +330,7 @@ def _whole(x: float) -> float:
     return int(x) if x.is_integer() else x
 
 
-def _plot(axes: Axes, line: Line) -> None:
+def plot(axes: Axes, line: Line) -> None:
     shape = line.curve
     axes.plot(
         shape.x,

@@ -34,10 +34,11 @@ DASHES: tuple[Dash, ...] = (
     *((0, ()), (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.6, 1.2, 1.6))),
     *((0, (8, 3)), (0, (3, 1.2, 1.2, 1.2, 1.2, 1.2)), (0, (2.5, 2.5))),
 )
-INK, GRID = "#010203", "#040506"
+INK, GRID, PAPER = "#010203", "#040506", "#070809"
 _STAND_INS = {
     INK: ("var(--ink)", "#1b1f24"),
     GRID: ("var(--grid)", "#d5d9de"),
+    PAPER: ("var(--paper)", "#ffffff"),
     **{f"#0a0b{i:02x}": (f"var(--series-{i})", colour) for i, colour in enumerate(PALETTE)},
 }
 _FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-serif"
@@ -66,7 +67,8 @@ _SETTINGS: Any = {
     "lines.solid_capstyle": "round",
     "legend.frameon": False,
     "legend.fontsize": 11,
-    "legend.handlelength": 2.4,
+    "legend.handlelength": 2.0,
+    "hatch.linewidth": 0.6,
 }
 
 

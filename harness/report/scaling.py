@@ -1,0 +1,225 @@
+"""Throughput against ranks: points, the series that they form, speed-up and efficiency.
+
+Of a bench the points are its own. Of runs, each run has one for every way in which its global
+batch was cut: the median of the throughput of its windows, the first of each attempt left out. Runs
+of the same task and the same cut are repeats of one point; their interval is Student's, for the
+mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from harness.report.columns import Array
+from harness.report.fields import clean, count, words
+from harness.report.runs import Run
+from harness.report.summary import describe, quantile_of
+
+CONFIDENCE = 0.95
+HALF = 0.5
+"""A rank is worth its cost while it buys at least this share of what one rank alone does."""
+
+Cut = tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured throughput, in images per second over all ranks; None: not known."""
+
+    ranks: int
+    nodes: float | None
+    micro_batch: float | None
+    accumulation: float | None
+    global_batch: float | None
+    images_per_sec: float
+    low: float | None
+    high: float | None
+    confidence: float | None
+    repeats: tuple[float, ...]
+    seconds: dict[str, float]
+    """Per update, by phase."""
+    mfu: float | None
+    source: str
+
+    @property
+    def seconds_per_update(self) -> float | None:
+        return self.global_batch / self.images_per_sec if self.global_batch else None
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A point beside the first of its series, the one of the fewest ranks."""
+
+    point: Point
+    speedup: float
+    """images_per_sec / that of the first point."""
+    efficiency: float
+    """Speed-up / (ranks / ranks of the first point)."""
+    efficiency_low: float | None
+    efficiency_high: float | None
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of different rank counts that differ in nothing else: weak scaling with a fixed batch
+    per rank, strong scaling with a fixed global batch."""
+
+    label: str
+    mode: str
+    fixed: str
+    points: list[Point] = field(default_factory=list)
+
+    @property
+    def first(self) -> Point:
+        return self.points[0]
+
+    def scaled(self) -> list[Scaled]:
+        return [_scaled(point, self.first) for point in self.points]
+
+    def knee(self) -> int | None:
+        """The most ranks up to which every further one bought half of a rank or more; None if it
+        lies beyond what was measured."""
+        alone = self.first.images_per_sec / self.first.ranks
+        for before, after in zip(self.points, self.points[1:], strict=False):
+            bought = after.images_per_sec - before.images_per_sec
+            if bought < HALF * alone * (after.ranks - before.ranks):
+                return before.ranks
+        return None
+
+
+def _scaled(point: Point, first: Point) -> Scaled:
+    speedup = point.images_per_sec / first.images_per_sec
+    efficiency = speedup * first.ranks / point.ranks
+    low = high = None
+    spreads = [_relative(p) for p in {id(p): p for p in (point, first)}.values()]
+    if point is not first and all(s is not None for s in spreads):
+        # Independent points: relative half widths of a quotient add up in squares.
+        half = math.sqrt(sum(s * s for s in spreads if s is not None))
+        low, high = efficiency * max(1 - half, 0), efficiency * (1 + half)
+    return Scaled(point, speedup, efficiency, low, high)
+
+
+def _relative(point: Point) -> float | None:
+    if point.low is None or point.high is None:
+        return None
+    return (point.high - point.low) / 2 / point.images_per_sec
+
+
+def series_of(label: str, points: list[Point], mode: str | None = None) -> list[Series]:
+    """The series of two rank counts or more among the points: weak, strong, or both of a grid."""
+    found = []
+    if mode != "strong":
+        found += _grouped(label, "weak", points, lambda p: (p.micro_batch, p.accumulation))
+    if mode != "weak":
+        found += _grouped(label, "strong", points, lambda p: (p.global_batch,))
+    return found
+
+
+def _grouped(
+    label: str, mode: str, points: list[Point], key: Callable[[Point], Cut]
+) -> list[Series]:
+    groups: dict[Cut, dict[int, Point]] = {}
+    for point in points:
+        if None not in key(point):
+            groups.setdefault(key(point), {}).setdefault(point.ranks, point)
+    several = sum(len(group) > 1 for group in groups.values()) > 1
+    found = []
+    for cut, group in groups.items():
+        if len(group) > 1:
+            fixed = " × ".join(count(value) for value in cut)
+            fixed = f"{fixed} per rank" if mode == "weak" else f"batch {fixed}"
+            name = f"{label}, {fixed}" if several else label
+            found.append(Series(name, mode, fixed, [group[n] for n in sorted(group)]))
+    return found
+
+
+def points_of_runs(runs: Iterable[Run]) -> dict[str, list[Point]]:
+    """The points of the runs of each task; equal cuts of several runs are repeats."""
+    tasks: dict[str, dict[Cut, list[Point]]] = {}
+    for run in runs:
+        points = tasks.setdefault(_task(run), {})
+        for cut, point in _points(run):
+            points.setdefault(cut, []).append(point)
+    return {task: [_together(points) for points in cuts.values()] for task, cuts in tasks.items()}
+
+
+def _task(run: Run) -> str:
+    """What must be equal for throughputs to be compared."""
+    keys = (("train", "precision"), ("comm", "backend"), ("comm", "compression"))
+    told = [words(run.config(*key)) for key in (*keys, ("optimizer", "name"))]
+    return ", ".join([describe(run), *(clean(text, 40) for text in told if text)])
+
+
+def _points(run: Run) -> list[tuple[Cut, Point]]:
+    names = ("ranks", "accumulation", "micro_batch", "global_batch")
+    table = np.stack([run.columns[name] for name in names], axis=1)[run.timed]
+    rates = run.columns["images_per_sec"][run.timed]
+    phases = phase_table(run)[run.timed]
+    updates = updates_of_windows(run)[run.timed]
+    known = ~np.isnan(table).any(axis=1) & (table[:, 0] >= 1)
+    table, rates, phases, updates = table[known], rates[known], phases[known], updates[known]
+    cuts, inverse = np.unique(table, axis=0, return_inverse=True)
+    inverse = inverse.ravel()
+    found: list[tuple[Cut, Point]] = []
+    for place, cut in enumerate(cuts.tolist()[:1000]):
+        chosen = inverse == place
+        ranks, accumulation, micro, batch = map(int, cut)
+        rate = quantile_of(rates[chosen], 0.5) or 0.0
+        where = f"run {run.number}: metrics.jsonl, median of images_per_sec at {ranks} ranks and "
+        point = Point(
+            ranks=ranks, nodes=None, micro_batch=micro, accumulation=accumulation,
+            global_batch=batch, images_per_sec=rate, low=None, high=None, confidence=None,
+            repeats=(rate,), seconds=per_update(run, phases[chosen], updates[chosen]), mfu=None,
+            source=f"{where}global batch {batch}, first window of each attempt left out",
+        )  # fmt: skip
+        found.append(((ranks, accumulation, micro, batch), point))
+    return found
+
+
+def phase_table(run: Run) -> Array:
+    """Seconds by window and phase."""
+    names = run.columns.group("seconds")
+    columns = [run.columns[f"seconds.{name}"] for name in names]
+    return np.stack(columns, axis=1) if columns else np.zeros((run.columns.lines, 0))
+
+
+def updates_of_windows(run: Run) -> Array:
+    """How many updates each window holds; NaN where that is not known."""
+    return np.diff(run.columns["update"], prepend=0.0)
+
+
+def per_update(run: Run, phases: Array, updates: Array) -> dict[str, float]:
+    """Seconds of an update by phase, over windows of which all is known."""
+    counted = (updates > 0) & ~np.isnan(phases).any(axis=1)
+    total = float(updates[counted].sum())
+    if not total:
+        return {}
+    sums = phases[counted].sum(axis=0).tolist()
+    names = run.columns.group("seconds")
+    return {clean(n, 40): s / total for n, s in zip(names, sums, strict=True) if s >= 0}
+
+
+def _together(points: list[Point]) -> Point:
+    """Repeats of a point as one."""
+    rates = tuple(point.images_per_sec for point in points)
+    if len(points) == 1:
+        return points[0]
+    from scipy.special import stdtrit
+
+    mean = sum(rates) / len(rates)
+    deviation = math.sqrt(sum((rate - mean) ** 2 for rate in rates) / (len(rates) - 1))
+    quantile = float(stdtrit(len(rates) - 1, (1 + CONFIDENCE) / 2))
+    half = quantile * deviation / math.sqrt(len(rates))
+    return replace(
+        points[0],
+        images_per_sec=mean,
+        low=max(mean - half, 0.0),
+        high=mean + half,
+        confidence=CONFIDENCE,
+        repeats=rates,
+        source="mean of " + "; ".join(point.source for point in points),
+    )
