@@ -62,7 +62,7 @@ def load_bench(path: Path, position: int) -> Bench:
         mode=mode,
         record=record,
         points=points,
-        series=series_of(f"bench {position} {name}", points, mode),
+        series=series_of(f"bench {position} {name}", task, points, mode, f"{position}: "),
         problems=_problems(record, given, points),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from harness.report.goodput import Goodputs, Progress, goodputs_of, progress_of
 from harness.report.layers import has_trust, layer_rows, spread_of_ratios
 from harness.report.markdown import markdown
 from harness.report.runs import Run, load_run
-from harness.report.scaling import Series, points_of_runs, series_of
+from harness.report.scaling import Series, series_of_runs
 from harness.report.scaling_view import Modelled, model_of
 from harness.report.summary import Number, Summary, answer, compare, describe, summarise
 from harness.report.timing import (
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from harness.report.svg import Figure
 
 _HERE = Path(__file__).parent
+TOLD = 3  # series in sentences; the tables have all
 TABLE_ROWS = 400  # rows of a kind on the page, shared by all runs; the CSV files have all
 STAGE_SOURCE = (
     "reached stages: events.jsonl (stage lines) and metrics.jsonl (lines of that stage); "
@@ -106,10 +107,8 @@ class Report:
     scalings: list[Scaling]
     timings: list[Timing]
     progress: list[tuple[Run, Progress]]
-    sentences: list[str]
+    paragraphs: list[str]
     title: str
-    notes: list[str] = field(default_factory=list)
-    """What was left out of the directories that were given."""
 
     @property
     def runs(self) -> list[Run]:
@@ -130,7 +129,7 @@ class Report:
             for finding in view.findings
         ]
         told += [
-            f"{one.bench.label.capitalize()}: {finding.text}"
+            f"{fields.sentence(one.bench.label)}: {finding.text}"
             for one in self.benches
             for finding in one.findings
         ]
@@ -194,12 +193,11 @@ def _children(path: Path) -> list[Path]:
 def _report(runs: list[Run], benches: list[Bench]) -> Report:
     views = [_view(run, len(runs)) for run in runs]
     bench_views = [_bench_view(bench) for bench in benches]
-    noise = _noise(runs)
     scalings = [
-        Scaling(one, model_of(one, sent), goodputs_of(one, noise) if noise else None)
+        Scaling(one, model_of(one, sent), _goodputs(one, runs))
         for one, sent in [
             *((one, fields.number(b.get("gradient_bytes"))) for b in benches for one in b.series),
-            *((one, _bytes_per_update(views)) for one in _series_of_runs(runs)),
+            *((one, _bytes_per_update(views)) for one in series_of_runs(runs)),
         ]
     ]
     progress = [(run, found) for run in runs if (found := progress_of(run)) is not None]
@@ -209,26 +207,22 @@ def _report(runs: list[Run], benches: list[Bench]) -> Report:
         scalings=scalings,
         timings=_timings(views, benches, scalings),
         progress=progress,
-        sentences=_sentences(views, benches, scalings),
+        paragraphs=_paragraphs(views, benches, scalings),
         title=_title(runs, benches),
     )
 
 
-def _series_of_runs(runs: list[Run]) -> list[Series]:
-    return [
-        one
-        for task, points in points_of_runs(runs).items()
-        for one in series_of(f"runs of {task}", points)
+def _goodputs(one: Series, runs: list[Run]) -> Goodputs | None:
+    """At the noise scale late in training: the median of the last tenth of what the runs of the
+    same task measured."""
+    last = [
+        known[-max(len(known) // 10, 1) :]
+        for run in runs
+        if describe(run) == one.task and len(known := run.columns.known("noise_scale"))
     ]
-
-
-def _noise(runs: list[Run]) -> float | None:
-    """The noise scale late in training: the median of the last tenth of what runs measured."""
-    last = [known[-max(len(known) // 10, 1) :] for run in runs
-            if len(known := run.columns.known("noise_scale"))]  # fmt: skip
     together = np.concatenate(last) if last else np.zeros(0)
     together = together[together > 0]
-    return float(np.median(together)) if len(together) else None
+    return goodputs_of(one, float(np.median(together))) if len(together) else None
 
 
 def _bytes_per_update(views: list[RunView]) -> float | None:
@@ -263,26 +257,28 @@ def _point_label(bench: Bench, point: Any, several: bool) -> str:
     return f"{lead}{fields.plural(point.ranks, 'rank')}{batch}"
 
 
-def _sentences(views: list[RunView], benches: list[Bench], scalings: list[Scaling]) -> list[str]:
+def _paragraphs(views: list[RunView], benches: list[Bench], scalings: list[Scaling]) -> list[str]:
+    """The answer: a paragraph for each series, one for benches without any, one for the runs."""
     found = []
-    for one in scalings[:3]:
-        lead = f"{one.series.label.capitalize()}. " if len(scalings) > 1 else ""
-        told = sections.scaling_sentences(one.series, one.model, one.goodput)
-        found += [f"{lead}{told[0]}", *told[1:]]
-    if len(scalings) > 3:
-        found.append(f"{fields.count(len(scalings) - 3)} more series are in the table.")
+    for one in scalings[:TOLD]:
+        lead = f"{fields.sentence(one.series.label)}. " if len(scalings) > 1 else ""
+        found.append(
+            lead + " ".join(sections.scaling_sentences(one.series, one.model, one.goodput))
+        )
+    if len(scalings) > TOLD:
+        found.append(f"{fields.count(len(scalings) - TOLD)} more series are in the table.")
     for bench in benches:
         if not bench.series and bench.points:
             best = max(bench.points, key=lambda point: point.images_per_sec)
             found.append(
-                f"{bench.label.capitalize()} measured one number of ranks; its best was "
+                f"{fields.sentence(bench.label)} measured one number of ranks; its best was "
                 f"{fields.general(best.images_per_sec)} images/s on "
                 f"{fields.plural(best.ranks, 'rank')}."
             )
     if len(views) == 1:
-        found += answer(views[0].run, views[0].numbers)
+        found.append(" ".join(answer(views[0].run, views[0].numbers)))
     elif views:
-        found += compare([v.run for v in views], [v.numbers for v in views])
+        found.append(" ".join(compare([v.run for v in views], [v.numbers for v in views])))
     return found
 
 
@@ -294,7 +290,7 @@ def _title(runs: list[Run], benches: list[Bench]) -> str:
         for kind, many, found in (("bench", "benches", benches), ("run", "runs", runs))
         if found
     ]
-    return f"{' and '.join(parts)} compared"
+    return " and ".join(parts) + ("" if runs and benches else " compared")
 
 
 def _view(run: Run, runs: int) -> RunView:
@@ -356,7 +352,7 @@ def _contents(report: Report) -> dict[str, bytes | None]:
     The page comes last, so that it never speaks of files that are not there yet.
     """
     from harness.report import svg
-    from harness.report.figures import draw_curves
+    from harness.report.figures import OPENING, draw_curves
     from harness.report.opening import draw_opening
 
     views, runs = report.views, report.runs
@@ -368,7 +364,9 @@ def _contents(report: Report) -> dict[str, bytes | None]:
             report.progress,
             runs,
         )
-        figures = [*opening, *draw_curves(runs, [view.numbers for view in views])]
+        curves = draw_curves(runs, [view.numbers for view in views], bool(report.scalings))
+    first = [f for f in curves if f.section == OPENING]
+    figures = [*first, *opening, *(f for f in curves if f.section != OPENING)]
     files: dict[str, bytes | None] = {f"{figure.key}.svg": figure.file for figure in figures}
     files |= {f"{figure.key}.csv": figure.data for figure in figures}
     files["metrics.csv"] = tables.metrics_csv(runs) if runs else None
@@ -414,7 +412,7 @@ def _summary_json(report: Report) -> bytes:
     summary = {
         "format": 1,
         "stages_source": STAGE_SOURCE,
-        "answer": report.sentences,
+        "answer": report.paragraphs,
         "causes": report.causes,
         "runs": runs,
         "benches": benches,
@@ -447,7 +445,11 @@ def _page(report: Report, figures: list[Figure]) -> bytes:
     )
     names = ("count", "general", "percent", "duration", "plural")
     environment.filters |= {name: getattr(fields, name) for name in names}
-    environment.filters |= {"unit_text": sections.unit_text, "phase_name": phase_name}
+    environment.filters |= {
+        "sentence": fields.sentence,
+        "unit_text": sections.unit_text,
+        "phase_name": phase_name,
+    }
     runs = report.runs
     tasks = {describe(run) for run in runs} | {one.bench.task for one in report.benches}
     text = environment.get_template("index.html.j2").render(

@@ -48,6 +48,11 @@ def clean(value: Any, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def sentence(text: str) -> str:
+    """The text with a capital first letter, the others as they are."""
+    return text[:1].upper() + text[1:]
+
+
 def words(value: Any) -> str | None:
     """A non-empty text from a record, as one line, else None."""
     return clean(value) or None if isinstance(value, str) else None

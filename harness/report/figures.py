@@ -83,10 +83,29 @@ class Drawing:
     section: str = "curves"  # of the page; in others a figure without data is left out
 
 
-def draw_curves(runs: list[Run], summaries: list[Summary]) -> list[Figure]:
-    """Every curve of the report, in reading order; within ``svg.settings``."""
-    plans = (_accuracy, _loss, _batch, _updates, _rate, _throughput, _noise, _distance)
-    return [_render(plan(runs, summaries), runs) for plan in plans] if runs else []
+OPENING = "opening"
+"""The section of the figures on the first screen."""
+ONE_COUNT = (
+    "one number of ranks was measured, so there is no efficiency; "
+    "harness bench CONFIG --ranks 1,2,4 measures it."
+)
+
+
+def draw_curves(runs: list[Run], summaries: list[Summary], scaling: bool) -> list[Figure]:
+    """Every curve of the report, in reading order; within ``svg.settings``.
+
+    ``scaling``: the first screen has throughput against ranks. Else it gets throughput over samples
+    seen, first of the list.
+    """
+    plans = (_throughput, _accuracy, _loss, _batch, _updates, _rate, _noise, _distance)
+    drawings = [plan(runs, summaries) for plan in plans] if runs else []
+    if drawings and not scaling:
+        first = drawings[0]
+        caption, absent = (
+            f"{text} Over samples: {ONE_COUNT}" for text in (first.caption, first.absent)
+        )
+        drawings[0] = replace(first, section=OPENING, caption=caption, absent=absent)
+    return [_render(drawing, runs) for drawing in drawings]
 
 
 def swatch(run: Run) -> dict[str, str]:
@@ -312,7 +331,7 @@ def _render(drawing: Drawing, runs: list[Run]) -> Figure:
             header=("line", drawing.over.label.lower(), drawing.axis.lower(), "lowest", "highest"),
             rows=[row for line in lines for row in _rows(line)],
             draw=draw,
-            height=262 + 17 * rows,
+            height=240 + 17 * rows,
             section=drawing.section,
         )
     )

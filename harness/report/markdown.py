@@ -51,7 +51,7 @@ def markdown(report: Report, figures: Sequence[Titled]) -> bytes:
     ]
     if problems:
         parts += ["## Missing or incomplete", _bullets(problems)]
-    parts += ["## Result", text_of(" ".join(report.sentences))]
+    parts += ["## Result", *map(text_of, report.paragraphs)]
     if report.causes:
         parts.append(_bullets(report.causes))
     for figure in figures:

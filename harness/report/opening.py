@@ -14,8 +14,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from harness.report.columns import Array
 from harness.report.curves import bins, curve, extremes, means
-from harness.report.fields import clean, count, general, percent
-from harness.report.figures import Line, evaluations_of, look, plot, short
+from harness.report.fields import clean, count, general, percent, sentence
+from harness.report.figures import ONE_COUNT, OPENING, Line, evaluations_of, look, plot, short
 from harness.report.goodput import Goodputs, Progress
 from harness.report.runs import Run
 from harness.report.scaling import Series
@@ -23,12 +23,11 @@ from harness.report.scaling_view import Modelled
 from harness.report.svg import DASHES, INK, PAPER, Figure, Picture, render, series
 from harness.report.timing import Timing, order, phase_name
 
-OPENING = "opening"
 LINES = 6  # of a figure; the tables have the others
 BARS = 12
 STRETCHES = 120  # of a run, each with its own shares of time
 CURVE = 1200  # points of a training curve
-HEIGHT = 290.0
+HEIGHT = 262.0
 MARKERS = "osD^vP"
 
 
@@ -39,9 +38,10 @@ def draw_opening(
     progress: list[tuple[Run, Progress]],
     runs: list[Run],
 ) -> list[Figure]:
-    """The figures in reading order; within ``svg.settings``."""
+    """The figures in reading order; within ``svg.settings``. Runs that make no series have their
+    throughput over samples seen in place of the first (``figures.draw_curves``)."""
     return [
-        scaling(measured),
+        *([scaling(measured)] if measured or not runs else []),
         over_the_run(runs[0]) if _one_bar(runs, timings) else where_time_goes(timings),
         goodput(goodputs) if goodputs else progress_over_run(progress),
         training(runs),
@@ -58,11 +58,7 @@ def _one_bar(runs: list[Run], timings: list[Timing]) -> bool:
 def scaling(measured: list[tuple[Series, Modelled | str]]) -> Figure:
     key, title = "scaling", "Throughput and efficiency against ranks"
     if not measured:
-        absent = (
-            "One number of ranks was measured; scaling takes two or more: "
-            "harness bench CONFIG --ranks 1,2,4 measures them."
-        )
-        return Figure(key, title, absent, section=OPENING)
+        return Figure(key, title, f"No drawing: {ONE_COUNT}", section=OPENING)
     shown = measured[:LINES]
     alone = len(shown) == 1
 
@@ -71,12 +67,15 @@ def scaling(measured: list[tuple[Series, Modelled | str]]) -> Figure:
         for place, (one, model) in enumerate(shown):
             colour = series(place)
             _scaling_lines(above, below, one, model, colour, MARKERS[place], alone)
-        _rank_axis(below, [p.ranks for one, _ in shown for p in one.points])
-        _zero(above)
+        wide = _rank_axis(below, [p.ranks for one, _ in shown for p in one.points])
+        if wide:
+            _log2(above)  # the ideal is a straight line then, as it is without logarithms
+        else:
+            _zero(above)
         below.set_ylim(0, max(1.08, below.get_ylim()[1]))
-        below.yaxis.set_major_locator(MaxNLocator(4))
+        below.yaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
         below.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f}"))
-        above.set_title("Images/s", loc="left")
+        above.set_title("Images/s (log₂ scale)" if wide else "Images/s", loc="left")
         below.set_title("Efficiency, %", loc="left")
         _legend(canvas, above)
 
@@ -97,7 +96,7 @@ def _scaling_lines(
 ) -> None:  # fmt: skip
     ranks = np.array([p.ranks for p in one.points], dtype=float)
     rates = np.array([p.images_per_sec for p in one.points])
-    name = "measured" if alone else clean(one.label, 34)
+    name = "measured" if alone else clean(one.short, 22)
     above.errorbar(
         ranks, rates, yerr=_bars([(p.low, p.images_per_sec, p.high) for p in one.points]),
         color=colour, marker=marker, ms=5, capsize=3, lw=1.7, label=name,
@@ -158,7 +157,7 @@ def _scaling_caption(measured: list[tuple[Series, Modelled | str]]) -> str:
     left = len(measured) - LINES
     more = f" {count(left)} more series are in the table." if left > 0 else ""
     kinds = " and ".join(sorted({one.mode for one, _ in measured}, reverse=True))
-    return f"{kinds.capitalize()} scaling. {dotted}{bars}{fitted}{more}"
+    return f"{sentence(kinds)} scaling. {dotted}{bars}{fitted}{more}"
 
 
 def _scaling_words(shown: list[tuple[Series, Modelled | str]]) -> str:
@@ -173,17 +172,36 @@ def _scaling_words(shown: list[tuple[Series, Modelled | str]]) -> str:
     return "Throughput and efficiency against ranks. " + " ".join(parts)
 
 
-def _rank_axis(axes: Axes, ranks: list[int]) -> None:
-    """A tick for every rank count that was measured, as far as there is room."""
+def _rank_axis(axes: Axes, ranks: list[int], log: bool = True) -> bool:
+    """A tick for every rank count that was measured, as far as there is room; whether it is
+    logarithmic, as with ``log`` it is where the counts lie far apart."""
     counts = sorted(set(ranks))
-    wide = counts[-1] / counts[0] > 8
+    wide = log and counts[-1] / counts[0] > 8
     if wide:
         axes.set_xscale("log", base=2)
-    stride = math.ceil(len(counts) / 9)
-    axes.xaxis.set_major_locator(FixedLocator(counts[::stride]))
+    room = (counts[-1] - counts[0]) / 12
+    if wide:
+        ticks = counts[:: math.ceil(len(counts) / 9)]
+    else:  # from the largest down, none closer to the next than the labels allow
+        ticks = []
+        for one in reversed(counts):
+            if not ticks or ticks[-1] - one >= room:
+                ticks.append(one)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.set_xlabel("Ranks (log₂ scale)" if wide else "Ranks")
+    return wide
+
+
+def _log2(axes: Axes) -> None:
+    axes.set_yscale("log", base=2)
+    low, high = (math.log2(v) for v in axes.get_ylim())
+    stride = max(1, math.ceil((high - low) / 5))
+    ticks = [2.0**i for i in range(math.ceil(low), math.floor(high) + 1, stride)]
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
 
 
 def _zero(axes: Axes) -> None:
@@ -203,21 +221,26 @@ def _legend(canvas: Canvas, axes: Axes, columns: int = 2) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """How a phase looks."""
+    """How a phase looks: one of Okabe and Ito's colours in light and dark, hatching where it is
+    not work on samples, and a short name for the legend."""
 
     colour: str
     hatch: str
+    name: str
 
 
 _PARTS = {
-    "data": Part(series(1), "///"),
-    "to_device": Part(series(4), "\\\\\\"),
-    "forward": Part(series(5), ""),
-    "backward": Part(series(0), ""),
-    "comm_exposed": Part(series(3), "..."),
-    "optimizer": Part(series(2), "xxx"),
+    "data": Part("#e69f00", "///", "data"),
+    "to_device": Part("#f0e442", "\\\\\\", "copying"),
+    "forward": Part("#56b4e9", "", "forward"),
+    "backward": Part("#0072b2", "", "backward"),
+    "comm_exposed": Part("#cc79a7", "...", "communication"),
+    "optimizer": Part("#009e73", "xxx", "optimizer"),
 }
-_OTHER = Part(series(6), "")
+
+
+def _part(phase: str) -> Part:
+    return _PARTS.get(phase) or Part("#999999", "", phase_name(phase))
 
 
 def where_time_goes(timings: list[Timing]) -> Figure:
@@ -252,10 +275,10 @@ def _stacked_bars(axes: Axes, shown: list[Timing], phases: list[str]) -> None:
     places = np.arange(len(shown))
     left = np.zeros(len(shown))
     for phase in phases:
-        part = _PARTS.get(phase, _OTHER)
+        part = _part(phase)
         shares = np.array([timing.share(phase) for timing in shown])
         axes.barh(places, shares, 0.62, left=left, color=part.colour, hatch=part.hatch,
-                  edgecolor=PAPER, lw=0.8, label=phase_name(phase))  # fmt: skip
+                  edgecolor=PAPER, lw=0.8, label=part.name)  # fmt: skip
         left += shares
     for place, timing in enumerate(shown):
         axes.text(1.01, place, duration_of(timing.total), va="center", ha="left", fontsize=10)
@@ -297,11 +320,11 @@ def over_the_run(run: Run) -> Figure:
         axes = canvas.add_subplot()
         base = np.zeros(len(ends))
         for name in phases:
-            part = _PARTS.get(name, _OTHER)
+            part = _part(name)
             top = base + columns[name]
             axes.fill_between(_starts(ends), _held(base), _held(top),
                               facecolor=part.colour, hatch=part.hatch, edgecolor=PAPER,
-                              lw=0.4, label=phase_name(name))  # fmt: skip
+                              lw=0.4, label=part.name)  # fmt: skip
             base = top
         axes.set_ylim(0, 1)
         axes.set_xlim(0, float(ends[-1]) or 1.0)
@@ -323,7 +346,7 @@ def over_the_run(run: Run) -> Figure:
     caption = f"Shares of an update's time over the run, in {count(len(ends))} stretches."
     return render(Picture(key, title, caption, f"{title}, over the whole run: {words}.",
                           ("samples seen, until", "phase", "share"), rows, draw,
-                          HEIGHT + 60, OPENING))  # fmt: skip
+                          HEIGHT + 34, OPENING))  # fmt: skip
 
 
 def _held(values: Array) -> Array:
@@ -353,7 +376,7 @@ def goodput(found: list[Goodputs]) -> Figure:
         axes = canvas.add_subplot()
         for place, one in enumerate(shown):
             ranks = [p.ranks for p in one.series.points]
-            name = clean(one.series.label, 26)
+            name = clean(one.series.short, 22)
             axes.plot(ranks, [p.images_per_sec for p in one.series.points], color=series(place),
                       ls=DASHES[1], lw=1.3, label="throughput" if alone else None)  # fmt: skip
             axes.plot(ranks, one.goodput, color=series(place), marker=MARKERS[place], ms=5,
@@ -361,7 +384,7 @@ def goodput(found: list[Goodputs]) -> Figure:
             if one.knee is not None:
                 axes.axvline(one.knee, color=series(place), lw=1, ls=DASHES[2],
                              label=f"knee at {count(one.knee)}" if alone else None)  # fmt: skip
-        _rank_axis(axes, [p.ranks for one in shown for p in one.series.points])
+        _rank_axis(axes, [p.ranks for one in shown for p in one.series.points], log=False)
         _zero(axes)
         axes.set_title("Images/s (dashed) and useful images/s", loc="left")
         _legend(canvas, axes)
@@ -388,7 +411,7 @@ def goodput(found: list[Goodputs]) -> Figure:
         Picture(
             "goodput", "Goodput and the knee", caption, "Goodput against ranks. " + " ".join(told),
             ("series", "ranks", "global batch", "noise scale", "images/s", "useful images/s"),
-            rows, draw, HEIGHT + 60, OPENING,
+            rows, draw, HEIGHT + 20, OPENING,
         )
     )  # fmt: skip
 

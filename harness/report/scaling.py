@@ -69,8 +69,12 @@ class Series:
     per rank, strong scaling with a fixed global batch."""
 
     label: str
+    task: str
     mode: str
     fixed: str
+    """What is the same in all points."""
+    short: str
+    """A name for legends."""
     points: list[Point] = field(default_factory=list)
 
     @property
@@ -109,45 +113,72 @@ def _relative(point: Point) -> float | None:
     return (point.high - point.low) / 2 / point.images_per_sec
 
 
-def series_of(label: str, points: list[Point], mode: str | None = None) -> list[Series]:
-    """The series of two rank counts or more among the points: weak, strong, or both of a grid."""
-    found = []
-    if mode != "strong":
-        found += _grouped(label, "weak", points, lambda p: (p.micro_batch, p.accumulation))
-    if mode != "weak":
-        found += _grouped(label, "strong", points, lambda p: (p.global_batch,))
-    return found
+def series_of(
+    label: str, task: str, points: list[Point], mode: str | None = None, lead: str = ""
+) -> list[Series]:
+    """The series of two rank counts or more among the points: weak, strong, or both of a grid.
+
+    ``lead``: what tells the series' short names from those of others.
+    """
+    kinds = [
+        *(_grouped("weak", points, _per_rank) if mode != "strong" else ()),
+        *(_grouped("strong", points, _global_batch) if mode != "weak" else ()),
+    ]
+    return [
+        Series(
+            label=f"{label}, {fixed}" if len(kinds) > 1 else label,
+            task=task,
+            mode=kind,
+            fixed=fixed,
+            short=f"{lead}{fixed}",
+            points=found,
+        )
+        for kind, fixed, found in kinds
+    ]
+
+
+def _per_rank(point: Point) -> str | None:
+    if point.micro_batch is None or point.accumulation is None:
+        return None
+    times = f"{count(point.accumulation)} × " if point.accumulation > 1 else ""
+    return f"{times}{count(point.micro_batch)} per rank"
+
+
+def _global_batch(point: Point) -> str | None:
+    return None if point.global_batch is None else f"batch {count(point.global_batch)}"
 
 
 def _grouped(
-    label: str, mode: str, points: list[Point], key: Callable[[Point], Cut]
-) -> list[Series]:
-    groups: dict[Cut, dict[int, Point]] = {}
+    mode: str, points: list[Point], key: Callable[[Point], str | None]
+) -> list[tuple[str, str, list[Point]]]:
+    """(mode, what is fixed, points by ascending ranks) of each group with two rank counts."""
+    groups: dict[str, dict[int, Point]] = {}
     for point in points:
-        if None not in key(point):
-            groups.setdefault(key(point), {}).setdefault(point.ranks, point)
-    several = sum(len(group) > 1 for group in groups.values()) > 1
-    found = []
-    for cut, group in groups.items():
-        if len(group) > 1:
-            fixed = " × ".join(count(value) for value in cut)
-            fixed = f"{fixed} per rank" if mode == "weak" else f"batch {fixed}"
-            name = f"{label}, {fixed}" if several else label
-            found.append(Series(name, mode, fixed, [group[n] for n in sorted(group)]))
-    return found
+        fixed = key(point)
+        if fixed is not None:
+            groups.setdefault(fixed, {}).setdefault(point.ranks, point)
+    return [
+        (mode, fixed, [group[ranks] for ranks in sorted(group)])
+        for fixed, group in groups.items()
+        if len(group) > 1
+    ]
 
 
-def points_of_runs(runs: Iterable[Run]) -> dict[str, list[Point]]:
-    """The points of the runs of each task; equal cuts of several runs are repeats."""
-    tasks: dict[str, dict[Cut, list[Point]]] = {}
+def series_of_runs(runs: Iterable[Run]) -> list[Series]:
+    """The series of the runs of each setting; equal cuts of several runs are repeats."""
+    settings: dict[tuple[str, str], dict[Cut, list[Point]]] = {}
     for run in runs:
-        points = tasks.setdefault(_task(run), {})
+        points = settings.setdefault((describe(run), _setting(run)), {})
         for cut, point in _points(run):
             points.setdefault(cut, []).append(point)
-    return {task: [_together(points) for points in cuts.values()] for task, cuts in tasks.items()}
+    return [
+        one
+        for (task, setting), cuts in settings.items()
+        for one in series_of(f"runs of {setting}", task, [*map(_together, cuts.values())])
+    ]
 
 
-def _task(run: Run) -> str:
+def _setting(run: Run) -> str:
     """What must be equal for throughputs to be compared."""
     keys = (("train", "precision"), ("comm", "backend"), ("comm", "compression"))
     told = [words(run.config(*key)) for key in (*keys, ("optimizer", "name"))]

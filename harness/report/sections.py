@@ -16,6 +16,7 @@ from harness.report.fields import (
     number,
     percent,
     plural,
+    sentence,
     words,
 )
 from harness.report.goodput import Goodputs
@@ -34,7 +35,7 @@ def scaling_sentences(one: Series, model: Modelled | str, goodput: Goodputs | No
     if last.efficiency_low is not None:
         interval = f", interval {percent(last.efficiency_low)} to {percent(last.efficiency_high)}"
     found = [
-        f"{one.mode.capitalize()} scaling ({one.fixed}): {count(last.point.ranks)} ranks train "
+        f"{sentence(one.mode)} scaling ({one.fixed}): {count(last.point.ranks)} ranks train "
         f"{general(last.speedup, 3)} times as fast as {plural(first.ranks, 'rank')}, "
         f"{general(last.point.images_per_sec)} against {general(first.images_per_sec)} images/s; "
         f"efficiency {percent(last.efficiency)}{interval}."

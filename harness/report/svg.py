@@ -24,7 +24,7 @@ from matplotlib.figure import Figure as Canvas
 
 from harness.report.csvtext import to_csv
 
-WIDTH = 460.0
+WIDTH = 400.0
 Dash = Any  # matplotlib's types of a line style differ between its releases
 
 # Okabe and Ito's colours, safe for every common colour vision. Yellow is too pale on white; dark
@@ -48,7 +48,7 @@ _SETTINGS: Any = {
     "svg.hashsalt": "harness-report",
     "text.parse_math": False,
     "font.family": ["DejaVu Sans"],
-    "font.size": 11.5,
+    "font.size": 11,
     "axes.titlesize": 12,
     "axes.titlepad": 8,
     "axes.edgecolor": INK,
@@ -66,7 +66,7 @@ _SETTINGS: Any = {
     "lines.linewidth": 1.7,
     "lines.solid_capstyle": "round",
     "legend.frameon": False,
-    "legend.fontsize": 11,
+    "legend.fontsize": 10.5,
     "legend.handlelength": 2.0,
     "hatch.linewidth": 0.6,
 }
@@ -104,7 +104,7 @@ class Picture:
     header: tuple[str, ...]
     rows: list[tuple[Any, ...]]
     draw: Callable[[Canvas], None]
-    height: float = 262.0
+    height: float = 240.0
     """Of a width of ``WIDTH``."""
     section: str = "curves"
 

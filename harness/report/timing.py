@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from harness.report.fields import clean, count, general, percent
+from harness.report.fields import clean, count, general, percent, sentence
 from harness.report.runs import Run
 from harness.report.scaling import Point, per_update, phase_table, updates_of_windows
 
@@ -39,7 +39,7 @@ _ADVICE = {
     "images would feed the ranks faster.",
     "to_device": "Fewer and larger copies would help: a larger micro-batch.",
     "comm_exposed": "Compression (comm.compression), more accumulation or a faster link would "
-    "shorten it; `harness probe` measures the link.",
+    "shorten it; harness probe measures the link.",
     "optimizer": "A larger global batch makes fewer steps for the same samples; a simpler "
     "optimizer makes shorter ones.",
     "other": "It is time that no phase accounts for; a trace shows what it is.",
@@ -184,7 +184,7 @@ def findings(timing: Timing | None, straggler: Straggler | None) -> list[Finding
 
 
 def _slow(straggler: Straggler) -> Finding:
-    where = straggler.where.capitalize()
+    where = sentence(straggler.where)
     phase = f", most of it in {phase_name(straggler.phase)}" if straggler.phase else ""
     often = (
         f" in {count(straggler.windows)} of {count(straggler.compared)} comparisons"
@@ -205,7 +205,7 @@ def _phases(timing: Timing, straggler: Straggler | None) -> Iterator[Finding]:
         if phase in ("forward", "backward") or share < LARGE:
             continue
         largest = share == max(map(timing.share, timing.seconds))
-        lead = f"{phase_name(phase).capitalize()} takes {percent(share)} of each update"
+        lead = f"{sentence(phase_name(phase))} takes {percent(share)} of each update"
         text = f"{lead}, more than anything else." if largest else f"{lead}."
         if phase == "comm_exposed" and straggler is not None and straggler.slow:
             text += f" Part of it is waiting for {straggler.where}."
