@@ -624,7 +624,7 @@ def test_what_the_paper_prints_stands_beside_what_was_measured(tmp_path: Path) -
     section = text.split("In the paper")[2].split("Curves over samples seen")[0].split()
     at = section.index("accuracy")
     assert section[at : at + 3] == ["accuracy", "0.73", general(accuracy)]
-    assert " ".join(section).endswith("error_difference below 0.02 – against fixed 128 curve – –")
+    assert "error_difference below 0.02 – against fixed 128 curve – –" in " ".join(section)
 
 
 def test_growth_by_measurement_shows_decisions_and_no_planned_stages(tmp_path: Path) -> None:
@@ -940,7 +940,7 @@ def test_a_large_run_gives_a_small_page_that_says_how(tmp_path: Path) -> None:
     assert index.stat().st_size < 5e6
     assert "Drawn as the mean of 2,000 equal groups of the 110,000 windows" in page.text
     assert "1,800 of 2,200 stages are left out here; stages.csv has all." in page.text
-    assert "one in 3, metrics.jsonl has all" in page.text
+    assert "one in 6, metrics.jsonl has all" in page.text
     assert len(read_csv(index.parent / "stages.csv")) == 2200
     assert numbers_of(index)["windows_counted"] == 109_999
 

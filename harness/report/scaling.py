@@ -193,8 +193,12 @@ def _points(run: Run) -> list[tuple[Cut, Point]]:
     updates = updates_of_windows(run)[run.timed]
     known = ~np.isnan(table).any(axis=1) & (table[:, 0] >= 1)
     table, rates, phases, updates = table[known], rates[known], phases[known], updates[known]
-    cuts, inverse = np.unique(table, axis=0, return_inverse=True)
-    inverse = inverse.ravel()
+    if not len(table):
+        return []
+    # Cuts change seldom: only the first window of each stretch takes part in the sorting.
+    begins = np.concatenate(([True], (table[1:] != table[:-1]).any(axis=1)))
+    cuts, of_stretch = np.unique(table[begins], axis=0, return_inverse=True)
+    inverse = of_stretch.ravel()[np.cumsum(begins) - 1]
     found: list[tuple[Cut, Point]] = []
     for place, cut in enumerate(cuts.tolist()[:1000]):
         chosen = inverse == place

@@ -36,7 +36,7 @@ from harness.report.runs import Evaluation, Run
 from harness.report.summary import quantile_of
 
 # metrics.csv holds at most this many lines; of a longer run every k-th, and the page says so.
-METRICS_ROWS = 50_000
+METRICS_ROWS = 20_000
 METRICS_COLUMNS = (
     *("update", "samples_seen", "epoch", "stage", "ranks", "accumulation", "micro_batch"),
     *("global_batch", "lr", "momentum", "loss", "images_per_sec", "comm_bytes", "grad_norm"),
