@@ -423,8 +423,10 @@ class RunRecords:
     problems: list[str] = field(default_factory=list)
 
 
-def read_run(path: Path) -> RunRecords:
-    """Read a run directory with whatever is there; raises RunDirectoryError if it is no run."""
+def read_run(path: Path, metrics: bool = True) -> RunRecords:
+    """Read a run directory with whatever is there; raises RunDirectoryError if it is no run.
+
+    ``metrics``: read metrics.jsonl, which may have a million lines."""
     run = RunDirectory(path)
     if not path.is_dir():
         raise RunDirectoryError(f"{path} is not a directory; give a run directory (…/runs/NAME)")
@@ -438,7 +440,7 @@ def read_run(path: Path) -> RunRecords:
         config=_read_object(run.config, yaml.safe_load, problems),
         provenance=_read_object(run.provenance, json.loads, problems),
         plan=_read_object(run.plan, json.loads, problems),
-        metrics=_read_lines(run.metrics, problems),
+        metrics=_read_lines(run.metrics, problems) if metrics else [],
         events=_read_lines(run.events, problems),
         problems=problems,
     )

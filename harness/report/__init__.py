@@ -1,15 +1,31 @@
-"""Run directories in, one self-contained page out: ``build_report``.
+"""Run and bench directories in, one self-contained page out: ``build_report``.
 
-fields.py    lenient access to records that may be null, absent or of the wrong type; number formats
-layers.py    per-layer norms and trust ratios
-runs.py      one run as the report sees it: columns, evaluations, attempts, what is missing
-summary.py   the numbers of the page, each with its unit and its source; the answer in sentences
-curves.py    thinning of long curves
-figures.py   the SVG figures (the only module that loads matplotlib)
-tables.py    stage table, event list, CSV files
-build.py     puts the parts together and writes the files (the only one that loads jinja2)
+fields.py        lenient access to records that may be null, absent or of the wrong type; formats
+columns.py       metrics.jsonl as columns of numbers, read by several processes
+layers.py        per-layer norms and trust ratios
+runs.py          one run as the report sees it: columns, evaluations, attempts, what is missing
+curves.py        thinning of long curves
+summary.py       the numbers of a run, each with its unit and its source; the answer in sentences
+scaling.py       points, series, speed-up and efficiency; benches.py  the points of a bench
+scaling_view.py  what the scaling model says of a series
+goodput.py       statistical efficiency; timing.py  where the time goes, stragglers, causes
+svg.py           from a picture to SVG (with figures.py and opening.py all that loads matplotlib)
+figures.py       the curves; opening.py  the four figures of the first screen
+tables.py        stage table, event list, CSV files; csvtext.py  rows as CSV
+sections.py      sentences and rows of the page's sections; markdown.py  the report as Markdown
+build.py         puts the parts together and writes the files (the only one that loads jinja2)
 """
 
-from harness.report.build import build_report
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
 
 __all__ = ["build_report"]
+
+
+def build_report(directories: Sequence[Path], out: Path | None = None) -> Path:
+    """``harness.report.build.build_report``, which is loaded when it is called: it needs numpy."""
+    from harness.report.build import build_report as build
+
+    return build(directories, out)

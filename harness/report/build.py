@@ -1,4 +1,4 @@
-"""``build_report``: run directories in, a folder with one self-contained page and its data out."""
+"""``build_report``: run and bench directories in, a folder with one self-contained page out."""
 
 from __future__ import annotations
 
@@ -8,17 +8,36 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from harness.errors import RunDirectoryError, UsageError
 from harness.records import RunDirectory, write_atomic
-from harness.report import fields, tables
+from harness.report import fields, sections, tables
+from harness.report.benches import BENCH, Bench, load_bench
+from harness.report.goodput import Goodputs, Progress, goodputs_of, progress_of
 from harness.report.layers import has_trust, layer_rows, spread_of_ratios
+from harness.report.markdown import markdown
 from harness.report.runs import Run, load_run
-from harness.report.summary import Summary, answer, compare, describe, summarise
+from harness.report.scaling import Series, series_of_runs
+from harness.report.scaling_view import Modelled, model_of
+from harness.report.summary import Number, Summary, answer, compare, describe, summarise
+from harness.report.timing import (
+    Finding,
+    Straggler,
+    Timing,
+    findings,
+    order,
+    phase_name,
+    straggler_of,
+    timing_of_point,
+    timing_of_run,
+)
 
 if TYPE_CHECKING:
-    from harness.report.figures import Figure
+    from harness.report.svg import Figure
 
 _HERE = Path(__file__).parent
+TOLD = 3  # series in sentences; the tables have all
 TABLE_ROWS = 400  # rows of a kind on the page, shared by all runs; the CSV files have all
 STAGE_SOURCE = (
     "reached stages: events.jsonl (stage lines) and metrics.jsonl (lines of that stage); "
@@ -47,26 +66,92 @@ class RunView:
     stages: list[tables.Stage]
     stage_rows: Shown
     event_rows: Shown
+    fault_rows: Shown
     paper: str | None
     paper_rows: list[tables.PaperRow]
     layer_rows: Shown
     config: Shown
     provenance: Shown
+    timing: Timing | None
+    straggler: Straggler | None
+    findings: list[Finding]
+    communication: list[Number]
+    ranks: list[Number]
 
 
-def build_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the report of one or several runs; returns the path of its index.html.
+@dataclass(frozen=True)
+class BenchView:
+    """What the template shows of one bench."""
 
-    Without ``out`` it goes to the report/ directory of the first run. Whatever the records lack is
-    said on the page. Raises RunDirectoryError for a directory that holds no run, and UsageError
+    bench: Bench
+    numbers: list[Number]
+    findings: list[Finding]
+    machine: Shown
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A series with what the model says of it, and its goodput."""
+
+    series: Series
+    model: Modelled | str
+    goodput: Goodputs | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page is made of."""
+
+    views: list[RunView]
+    benches: list[BenchView]
+    scalings: list[Scaling]
+    timings: list[Timing]
+    progress: list[tuple[Run, Progress]]
+    paragraphs: list[str]
+    title: str
+
+    @property
+    def runs(self) -> list[Run]:
+        return [view.run for view in self.views]
+
+    @property
+    def single(self) -> RunView | None:
+        return self.views[0] if len(self.views) == 1 and not self.benches else None
+
+    @property
+    def causes(self) -> list[str]:
+        """What holds training up, in sentences."""
+        if self.single:
+            return sections.time_sentence(self.single.timing, self.single.findings)
+        told = [
+            f"Run {view.run.label}: {finding.text}"
+            for view in self.views
+            for finding in view.findings
+        ]
+        told += [
+            f"{fields.sentence(one.bench.label)}: {finding.text}"
+            for one in self.benches
+            for finding in one.findings
+        ]
+        return told
+
+
+def build_report(directories: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the report of run directories, bench directories and directories that hold runs, such
+    as a scaling series or a sweep, in any mix; returns the path of its index.html.
+
+    Without ``out`` it goes to the report/ directory of the first. Whatever the records lack is said
+    on the page. Raises RunDirectoryError for a directory that holds none of these, and UsageError
     where nothing can be written.
     """
-    paths = list({path.resolve(): path for path in map(Path, run_dirs)}.values())
-    if not paths:
+    given = list({path.resolve(): path for path in map(Path, directories)}.values())
+    if not given:
         raise RunDirectoryError("no run directory was given; name at least one (…/runs/NAME)")
-    runs = [load_run(path, position) for position, path in enumerate(paths, 1)]
-    target = out if out is not None else RunDirectory(paths[0]).report
-    files = _contents([_view(run, len(runs)) for run in runs])
+    run_dirs, bench_dirs = _sorted_out(given)
+    runs = [load_run(path, position) for position, path in enumerate(run_dirs, 1)]
+    benches = [load_bench(path, position) for position, path in enumerate(bench_dirs, 1)]
+    target = out if out is not None else RunDirectory(given[0]).report
+    files = _contents(_report(runs, benches))
     try:
         target.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -79,21 +164,173 @@ def build_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     return target / "index.html"
 
 
+def _sorted_out(given: list[Path]) -> tuple[list[Path], list[Path]]:
+    """Run directories and bench directories; a directory that is neither stands for those in it."""
+    runs: dict[Path, Path] = {}
+    benches: dict[Path, Path] = {}
+    for path in given:
+        inside = [path] if _kind(path) else _children(path)
+        for one in inside or [path]:  # what holds nothing is refused by load_run
+            (benches if _kind(one) == "bench" else runs).setdefault(one.resolve(), one)
+    return list(runs.values()), list(benches.values())
+
+
+def _kind(path: Path) -> str | None:
+    if (path / BENCH).is_file():
+        return "bench"
+    return "run" if RunDirectory(path).holds_run else None
+
+
+def _children(path: Path) -> list[Path]:
+    """Runs and benches right below a directory, in the order of their names, numbers as numbers."""
+    try:
+        found = [child for child in path.iterdir() if child.is_dir() and _kind(child)]
+    except OSError:
+        return []
+    return sorted(found, key=lambda child: (len(child.name), child.name))
+
+
+def _report(runs: list[Run], benches: list[Bench]) -> Report:
+    views = [_view(run, len(runs)) for run in runs]
+    bench_views = [_bench_view(bench) for bench in benches]
+    scalings = [
+        Scaling(one, model_of(one, sent), _goodputs(one, runs))
+        for one, sent in [
+            *((one, fields.number(b.get("gradient_bytes"))) for b in benches for one in b.series),
+            *((one, _bytes_per_update(views)) for one in series_of_runs(runs)),
+        ]
+    ]
+    progress = [(run, found) for run in runs if (found := progress_of(run)) is not None]
+    return Report(
+        views=views,
+        benches=bench_views,
+        scalings=scalings,
+        timings=_timings(views, benches, scalings),
+        progress=progress,
+        paragraphs=_paragraphs(views, benches, scalings),
+        title=_title(runs, benches),
+    )
+
+
+def _goodputs(one: Series, runs: list[Run]) -> Goodputs | None:
+    """At the noise scale late in training: the median of the last tenth of what the runs of the
+    same task measured."""
+    last = [
+        known[-max(len(known) // 10, 1) :]
+        for run in runs
+        if describe(run) == one.task and len(known := run.columns.known("noise_scale"))
+    ]
+    together = np.concatenate(last) if last else np.zeros(0)
+    together = together[together > 0]
+    return goodputs_of(one, float(np.median(together))) if len(together) else None
+
+
+def _bytes_per_update(views: list[RunView]) -> float | None:
+    told = [n.value for v in views for n in v.communication if n.name == "comm_bytes_per_update"]
+    return next((value for value in told if value is not None), None)
+
+
+def _timings(views: list[RunView], benches: list[Bench], scalings: list[Scaling]) -> list[Timing]:
+    """A bar for each point of a bench; for each rank count of runs that make a series; else one
+    for each run."""
+    several = len(benches) > 1
+    found = [
+        timing_of_point(_point_label(bench, point, several), point)
+        for bench in benches
+        for point in bench.points
+    ]
+    of_runs = [one.series for one in scalings if not one.series.label.startswith("bench ")]
+    if of_runs and len(views) == 1:
+        found += [
+            timing_of_point(f"{fields.plural(point.ranks, 'rank')}", point)
+            for point in of_runs[0].points
+        ]
+    else:
+        found += [view.timing for view in views]
+    return [timing for timing in found if timing is not None]
+
+
+def _point_label(bench: Bench, point: Any, several: bool) -> str:
+    lead = f"{bench.number}: " if several else ""
+    same = sum(one.ranks == point.ranks for one in bench.points) > 1
+    batch = f", {fields.count(point.global_batch)}" if same else ""
+    return f"{lead}{fields.plural(point.ranks, 'rank')}{batch}"
+
+
+def _paragraphs(views: list[RunView], benches: list[Bench], scalings: list[Scaling]) -> list[str]:
+    """The answer: a paragraph for each series, one for benches without any, one for the runs."""
+    found = []
+    for one in scalings[:TOLD]:
+        lead = f"{fields.sentence(one.series.label)}. " if len(scalings) > 1 else ""
+        found.append(
+            lead + " ".join(sections.scaling_sentences(one.series, one.model, one.goodput))
+        )
+    if len(scalings) > TOLD:
+        found.append(f"{fields.count(len(scalings) - TOLD)} more series are in the table.")
+    for bench in benches:
+        if not bench.series and bench.points:
+            best = max(bench.points, key=lambda point: point.images_per_sec)
+            found.append(
+                f"{fields.sentence(bench.label)} measured one number of ranks; its best was "
+                f"{fields.general(best.images_per_sec)} images/s on "
+                f"{fields.plural(best.ranks, 'rank')}."
+            )
+    if len(views) == 1:
+        found.append(" ".join(answer(views[0].run, views[0].numbers)))
+    elif views:
+        found.append(" ".join(compare([v.run for v in views], [v.numbers for v in views])))
+    return found
+
+
+def _title(runs: list[Run], benches: list[Bench]) -> str:
+    if len(runs) + len(benches) == 1:
+        return (runs or benches)[0].name
+    parts = [
+        fields.plural(len(found), kind, many)
+        for kind, many, found in (("bench", "benches", benches), ("run", "runs", runs))
+        if found
+    ]
+    return " and ".join(parts) + ("" if runs and benches else " compared")
+
+
 def _view(run: Run, runs: int) -> RunView:
     room = max(TABLE_ROWS // runs, 20)
     stages = tables.stage_rows(run)
+    timing, straggler = timing_of_run(run), straggler_of(run)
     numbers = summarise(run)
+    communication = list(sections.communication_numbers(run, numbers))
+    ranks = list(sections.rank_numbers(run, straggler))
+    for more in (*sections.time_numbers(timing), *communication, *ranks):
+        numbers[more.name] = more
     return RunView(
         run=run,
         numbers=numbers,
         stages=stages,
         stage_rows=_shorten(stages, room),
         event_rows=_shorten(tables.event_rows(run), room),
+        fault_rows=_shorten(sections.faults_of(run), room),
         paper=tables.paper_source(run),
         paper_rows=tables.paper_rows(run, numbers)[:room],
         layer_rows=_shorten(layer_rows(run.layers), room),
         config=_flat(run.records.config, room),
         provenance=_flat(run.records.provenance, room),
+        timing=timing,
+        straggler=straggler,
+        findings=findings(timing, straggler),
+        communication=communication,
+        ranks=ranks,
+    )
+
+
+def _bench_view(bench: Bench) -> BenchView:
+    """Causes are those of the point with the most ranks."""
+    last = max(bench.points, key=lambda point: point.ranks, default=None)
+    timing = timing_of_point(fields.plural(last.ranks, "rank"), last) if last else None
+    return BenchView(
+        bench=bench,
+        numbers=sections.bench_numbers(bench),
+        findings=findings(timing, None),
+        machine=_flat(bench.get("machine"), TABLE_ROWS),
     )
 
 
@@ -109,26 +346,41 @@ def _flat(value: Any, room: int) -> Shown:
     return Shown(rows[:room], len(rows)) if value else Shown([], 0)
 
 
-def _contents(views: list[RunView]) -> dict[str, bytes | None]:
+def _contents(report: Report) -> dict[str, bytes | None]:
     """Every file of the report by name; None for a figure that there is no data for.
 
     The page comes last, so that it never speaks of files that are not there yet.
     """
-    from harness.report.figures import draw_all
+    from harness.report import svg
+    from harness.report.figures import OPENING, draw_curves
+    from harness.report.opening import draw_opening
 
-    runs = [view.run for view in views]
-    figures = draw_all(runs, [view.numbers for view in views])
+    views, runs = report.views, report.runs
+    with svg.settings():
+        opening = draw_opening(
+            [(one.series, one.model) for one in report.scalings],
+            report.timings,
+            [one.goodput for one in report.scalings if one.goodput is not None],
+            report.progress,
+            runs,
+        )
+        curves = draw_curves(runs, [view.numbers for view in views], bool(report.scalings))
+    first = [f for f in curves if f.section == OPENING]
+    figures = [*first, *opening, *(f for f in curves if f.section != OPENING)]
     files: dict[str, bytes | None] = {f"{figure.key}.svg": figure.file for figure in figures}
-    files["metrics.csv"] = tables.metrics_csv(runs)
-    files["evaluations.csv"] = tables.evaluations_csv(runs)
-    files["stages.csv"] = tables.stages_csv((view.run, view.stages) for view in views)
+    files |= {f"{figure.key}.csv": figure.data for figure in figures}
+    files["metrics.csv"] = tables.metrics_csv(runs) if runs else None
+    files["evaluations.csv"] = tables.evaluations_csv(runs) if runs else None
+    stages = ((view.run, view.stages) for view in views)
+    files["stages.csv"] = tables.stages_csv(stages) if runs else None
     files["layers.csv"] = tables.layers_csv(runs)
-    files["summary.json"] = _summary_json(views)
-    files["index.html"] = _page(views, figures)
+    files["summary.json"] = _summary_json(report)
+    files["report.md"] = markdown(report, figures)
+    files["index.html"] = _page(report, figures)
     return files
 
 
-def _summary_json(views: list[RunView]) -> bytes:
+def _summary_json(report: Report) -> bytes:
     runs = [
         {
             "run": view.run.number,
@@ -137,12 +389,38 @@ def _summary_json(views: list[RunView]) -> bytes:
             "status": view.run.status,
             "problems": [fields.clean(problem) for problem in view.run.problems],
             "numbers": [asdict(number) for number in view.numbers.values()],
+            "findings": [asdict(finding) for finding in view.findings],
+            "faults": [asdict(fault) for fault in sections.faults_of(view.run)],
             "stages": [asdict(stage) for stage in view.stages],
             **_layers_json(view.run),
         }
-        for view in views
+        for view in report.views
     ]
-    summary = {"format": 1, "stages_source": STAGE_SOURCE, "runs": runs}
+    benches = [
+        {
+            "bench": one.bench.number,
+            "name": one.bench.name,
+            "directory": fields.scrub(one.bench.directory),
+            "mode": one.bench.mode,
+            "problems": one.bench.problems,
+            "numbers": [asdict(number) for number in one.numbers],
+            "findings": [asdict(finding) for finding in one.findings],
+            "points": [asdict(point) for point in one.bench.points],
+        }
+        for one in report.benches
+    ]
+    summary = {
+        "format": 1,
+        "stages_source": STAGE_SOURCE,
+        "answer": report.paragraphs,
+        "causes": report.causes,
+        "runs": runs,
+        "benches": benches,
+        "scaling": [
+            sections.scaling_json(one.series, one.model, one.goodput) for one in report.scalings
+        ],
+        "scaling_rules": sections.SCALING_RULES,
+    }
     return (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode()
 
 
@@ -151,7 +429,7 @@ def _layers_json(run: Run) -> dict[str, Any]:
     return {"layers": [asdict(snapshot) for snapshot in run.layers.ends]} if run.layers.ends else {}
 
 
-def _page(views: list[RunView], figures: list[Figure]) -> bytes:
+def _page(report: Report, figures: list[Figure]) -> bytes:
     import jinja2
     from markupsafe import Markup
 
@@ -167,24 +445,28 @@ def _page(views: list[RunView], figures: list[Figure]) -> bytes:
     )
     names = ("count", "general", "percent", "duration", "plural")
     environment.filters |= {name: getattr(fields, name) for name in names}
-    single = views[0] if len(views) == 1 else None
-    runs = [view.run for view in views]
+    environment.filters |= {
+        "sentence": fields.sentence,
+        "unit_text": sections.unit_text,
+        "phase_name": phase_name,
+    }
+    runs = report.runs
+    tasks = {describe(run) for run in runs} | {one.bench.task for one in report.benches}
     text = environment.get_template("index.html.j2").render(
         style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),  # noqa: S704 - our file
         drawings={f.key: Markup(f.inline) for f in figures if f.inline},  # noqa: S704 - escaped
         figures=figures,
-        views=views,
-        single=single,
-        title=single.run.name if single else f"{len(views)} runs compared",
-        subject=fields.clean("; ".join(sorted({describe(run) for run in runs}))),
-        sentences=answer(single.run, single.numbers)
-        if single
-        else compare(runs, [view.numbers for view in views]),
+        report=report,
+        views=report.views,
+        single=report.single,
+        title=report.title,
+        subject=fields.clean("; ".join(sorted(tasks))),
         describe=describe,
         swatch=swatch,
+        phases=order(name for timing in report.timings for name in timing.seconds),
         tasks=len({describe(run) for run in runs}),
-        metrics_step=max(map(tables.metrics_step, runs)),
-        layers_step=max(tables.layers_step(run.layers) for run in runs),
+        metrics_step=max(map(tables.metrics_step, runs), default=1),
+        layers_step=max((tables.layers_step(run.layers) for run in runs), default=1),
         has_trust=has_trust,
         spread_of_ratios=spread_of_ratios,
     )

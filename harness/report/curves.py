@@ -8,75 +8,87 @@ points lie at the end; there ``log_spaced`` takes them at equal distances.
 
 from __future__ import annotations
 
-import math
-import statistics
-from dataclasses import dataclass
-from itertools import chain, pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
-from harness.report.fields import Series
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Places = NDArray[np.intp]
+Values = Array | Sequence[float]
 
 
 @dataclass(frozen=True)
 class Curve:
     """Points in the order of the records; ``low`` and ``high`` bound the band of bin means."""
 
-    x: list[float]
-    y: list[float]
-    low: list[float] | None = None
-    high: list[float] | None = None
+    x: Array
+    y: Array
+    low: Array | None = None
+    high: Array | None = None
     source_points: int = 0
 
     @property
     def thinned(self) -> bool:
         return len(self.x) < self.source_points
 
+    def __len__(self) -> int:
+        return len(self.x)
 
-def curve(x: Series, y: Series) -> Curve:
-    """The points of which both coordinates are known."""
-    known = [(a, b) for a, b in zip(x, y, strict=True) if a is not None and b is not None]
-    return Curve([a for a, _ in known], [b for _, b in known], source_points=len(known))
+    def at(self, places: Any) -> Curve:
+        """The points at some places."""
+        return replace(self, x=self.x[places], y=self.y[places])
 
 
-def steps(x: Series, y: Series) -> Curve:
+def points(x: Values, y: Values) -> Curve:
+    """A curve through known points, none left out."""
+    return Curve(np.asarray(x, dtype=float), np.asarray(y, dtype=float), source_points=len(x))
+
+
+def curve(x: Values, y: Values) -> Curve:
+    """The points of which both coordinates are known (not NaN)."""
+    full = points(x, y)
+    known = full.at(~(np.isnan(full.x) | np.isnan(full.y)))
+    return replace(known, source_points=len(known))
+
+
+def steps(x: Values, y: Values) -> Curve:
     """A staircase, exactly: of points of equal height in a row, the first and the last."""
     full = curve(x, y)
-    last = len(full.y) - 1
-    keep = [
-        i
-        for i in range(last + 1)
-        if i in (0, last) or not full.y[i - 1] == full.y[i] == full.y[i + 1]
-    ]
-    return Curve([full.x[i] for i in keep], [full.y[i] for i in keep], source_points=len(keep))
+    same = full.y[1:] == full.y[:-1]
+    inner = np.concatenate(([False], same)) & np.concatenate((same, [False]))
+    kept = full.at(~inner[: len(full)])
+    return replace(kept, source_points=len(kept))
 
 
 def extremes(full: Curve, limit: int) -> Curve:
     """At most ``limit`` points: the first, the last, and the lowest and highest of each bin."""
-    size = len(full.y)
+    size = len(full)
     if size <= limit:
         return full
-    keep = {0, size - 1}
-    for begin, end in _bins(1, size - 1, (limit - 2) // 2):
-        part = range(begin, end)
-        keep.add(min(part, key=full.y.__getitem__))
-        keep.add(max(part, key=full.y.__getitem__))
-    order = sorted(keep)
-    return Curve(
-        [full.x[i] for i in order], [full.y[i] for i in order], source_points=full.source_points
-    )
+    edges = _edges(1, size - 1, (limit - 2) // 2)
+    keep = [0, size - 1]
+    for begin, end in pairwise(edges.tolist()):
+        part = full.y[begin:end]
+        keep += [begin + int(part.argmin()), begin + int(part.argmax())]
+    return full.at(np.unique(keep))
 
 
 def means(full: Curve, limit: int) -> Curve:
     """At most ``limit`` bins, each with its mean, lowest and highest value."""
-    size = len(full.y)
+    size = len(full)
     if size <= limit:
         return full
-    bins = list(_bins(0, size, limit))
-    parts = [full.y[a:b] for a, b in bins]
+    edges = _edges(0, size, limit)
+    begins, lengths = edges[:-1], np.diff(edges)
     return Curve(
-        x=[sum(full.x[a:b]) / (b - a) for a, b in bins],
-        y=[sum(part) / len(part) for part in parts],
-        low=[min(part) for part in parts],
-        high=[max(part) for part in parts],
+        x=np.add.reduceat(full.x, begins) / lengths,
+        y=np.add.reduceat(full.y, begins) / lengths,
+        low=np.minimum.reduceat(full.y, begins),
+        high=np.maximum.reduceat(full.y, begins),
         source_points=full.source_points,
     )
 
@@ -84,15 +96,14 @@ def means(full: Curve, limit: int) -> Curve:
 def log_spaced(full: Curve, limit: int) -> Curve:
     """At most ``limit`` points, x positive and ascending: the first of each stretch of log x, and
     the last. Counts as not thinned."""
-    if len(full.x) <= limit:
+    if len(full) <= limit:
         return full
-    low, high = math.log(full.x[0]), math.log(full.x[-1])
-    keep = {
-        int((math.log(x) - low) / (high - low or 1.0) * (limit - 1)): i
-        for i, x in reversed(list(enumerate(full.x)))
-    }
-    order = sorted(keep.values())
-    return Curve([full.x[i] for i in order], [full.y[i] for i in order], source_points=len(order))
+    logs = np.log(full.x)
+    stretch = ((logs - logs[0]) / ((logs[-1] - logs[0]) or 1.0) * (limit - 1)).astype(int)
+    firsts = np.unique(stretch, return_index=True)[1]
+    firsts[-1] = len(full) - 1 if len(firsts) > 1 else firsts[-1]
+    kept = full.at(firsts)
+    return replace(kept, source_points=len(kept))
 
 
 @dataclass(frozen=True)
@@ -107,24 +118,32 @@ class LogFit:
 def log_fit(shape: Curve) -> LogFit | None:
     """The line through a curve's points, x positive, all of equal weight; None where the points do
     not tell one: fewer than three different x, or equal y."""
-    if len(set(shape.x)) < 3:
+    if len(np.unique(shape.x)) < 3:
         return None
-    logs = [math.log(x) for x in shape.x]
-    try:
-        slope, intercept = statistics.linear_regression(logs, shape.y)
-        r = statistics.correlation(logs, shape.y)
-    except statistics.StatisticsError:
+    logs = np.log(shape.x)
+    dx, dy = logs - logs.mean(), shape.y - shape.y.mean()
+    xx, yy, xy = float(dx @ dx), float(dy @ dy), float(dx @ dy)
+    if not (xx > 0 and yy > 0) or np.ptp(shape.y) == 0:
         return None
-    return LogFit(intercept, slope, min(r * r, 1.0))
+    slope = xy / xx
+    r2 = min((xy / xx**0.5 / yy**0.5) ** 2, 1.0)
+    return LogFit(float(shape.y.mean() - slope * logs.mean()), slope, r2)
 
 
-def _bins(begin: int, end: int, parts: int) -> list[tuple[int, int]]:
-    """Non-empty ranges of nearly equal length that cover begin..end."""
-    edges = [begin + (end - begin) * i // parts for i in range(parts + 1)]
-    return [(a, b) for a, b in pairwise(edges) if b > a]
+def bins(size: int, limit: int) -> Places:
+    """Where each of at most ``limit`` equal stretches of so many points begins, and the end."""
+    return _edges(0, size, min(size, limit))
+
+
+def _edges(begin: int, end: int, parts: int) -> Places:
+    """Edges of non-empty ranges of nearly equal length that cover begin..end."""
+    edges: Places = np.unique(begin + (end - begin) * np.arange(parts + 1) // max(parts, 1))
+    return edges
 
 
 def spread(curves: list[Curve]) -> tuple[float, float] | None:
     """Lowest and highest value of all points, or None if there is no point."""
-    values = list(chain.from_iterable(c.y for c in curves))
-    return (min(values), max(values)) if values else None
+    filled = [c.y for c in curves if len(c)]
+    if not filled:
+        return None
+    return float(min(y.min() for y in filled)), float(max(y.max() for y in filled))

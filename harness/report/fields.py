@@ -11,10 +11,8 @@ import re
 from datetime import UTC, datetime
 from typing import Any
 
-Series = list[float | None]
-
 MISSING = "–"
-_LARGEST = 1e100  # beyond it a value is damage, not a measurement, and no axis can hold it
+LARGEST = 1e100  # beyond it a value is damage, not a measurement, and no axis can hold it
 
 # What XML forbids (controls, lone surrogates, non-characters), and the marks that reorder text.
 _UNPRINTABLE = re.compile(
@@ -27,7 +25,7 @@ def number(value: Any) -> float | None:
     """A finite number, else None. Text and booleans are not numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if -_LARGEST < value < _LARGEST else None  # also false for NaN
+    return value if -LARGEST < value < LARGEST else None  # also false for NaN
 
 
 def pick(record: Any, *keys: str) -> Any:
@@ -50,6 +48,11 @@ def clean(value: Any, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def sentence(text: str) -> str:
+    """The text with a capital first letter, the others as they are."""
+    return text[:1].upper() + text[1:]
+
+
 def words(value: Any) -> str | None:
     """A non-empty text from a record, as one line, else None."""
     return clean(value) or None if isinstance(value, str) else None
@@ -62,16 +65,6 @@ def instant(value: Any) -> datetime | None:
         return stamp.astimezone(UTC) if stamp.tzinfo else stamp.replace(tzinfo=UTC)
     except (TypeError, ValueError, OverflowError):
         return None
-
-
-def quantile(ordered: list[float], share: float) -> float | None:
-    """The ``share`` quantile of sorted values, linear between neighbours; None for none."""
-    if not ordered:
-        return None
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def count(value: float | None) -> str:

@@ -1,25 +1,13 @@
-"""The figures: SVG with real text, one copy for the page and one that stands alone.
-
-matplotlib draws with stand-in colours. In the page's copy they become CSS variables, so that light,
-dark and print are the style sheet's business; in the file beside the page they become the light
-palette, for slides and papers. Nothing in an SVG depends on the clock, the machine's fonts or the
-user's matplotlib settings, so equal records give equal bytes.
-"""
+"""The curves: a quantity of metrics.jsonl or of the evaluations over samples, epochs or updates."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
-from xml.etree import ElementTree
 
-import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import (
@@ -32,70 +20,15 @@ from matplotlib.ticker import (
 )
 
 from harness.records import Record
-from harness.report.curves import Curve, curve, extremes, log_spaced, means, spread, steps
-from harness.report.fields import Series, clean, count, general, number, percent, pick
+from harness.report.curves import Curve, curve, extremes, log_spaced, means, points, spread, steps
+from harness.report.fields import clean, count, general, number, percent, pick
 from harness.report.runs import Run
 from harness.report.summary import Summary, distances, noise_scales
+from harness.report.svg import DASHES, INK, PALETTE, Dash, Figure, Picture, final, render, series
 
-Dash = Any  # matplotlib's types of a line style differ between its releases
-
-# Okabe and Ito's colours, safe for every common colour vision. Yellow is too pale on white; dark
-# pages get the paler ones (style.css). Line styles repeat what colours say.
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1b1f24")
-DASHES: tuple[Dash, ...] = (
-    *((0, ()), (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.6, 1.2, 1.6))),
-    *((0, (8, 3)), (0, (3, 1.2, 1.2, 1.2, 1.2, 1.2)), (0, (2.5, 2.5))),
-)
 LEGEND_RUNS = 8  # beyond this the summary table is the legend
 POINTS = 2000  # of a line of one run; all lines of a figure together get TOTAL_POINTS
-TOTAL_POINTS = 12_000
-
-_INK, _GRID = "#010203", "#040506"
-_STAND_INS = {
-    _INK: ("var(--ink)", "#1b1f24"),
-    _GRID: ("var(--grid)", "#d5d9de"),
-    **{f"#0a0b{i:02x}": (f"var(--series-{i})", colour) for i, colour in enumerate(PALETTE)},
-}
-_FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-serif"
-_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-_SETTINGS: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "harness-report",
-    "text.parse_math": False,
-    "font.family": ["DejaVu Sans"],
-    "font.size": 11.5,
-    "axes.titlesize": 12,
-    "axes.titlepad": 8,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.7,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "lines.linewidth": 1.7,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "legend.fontsize": 11,
-    "legend.handlelength": 2.4,
-}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure of the page; without data there is a caption that says so and no drawing."""
-
-    key: str
-    title: str
-    caption: str
-    inline: str | None = None
-    file: bytes | None = None
-    section: str = "curves"
+TOTAL_POINTS = 6_000
 
 
 @dataclass(frozen=True)
@@ -150,33 +83,43 @@ class Drawing:
     section: str = "curves"  # of the page; in others a figure without data is left out
 
 
-def draw_all(runs: list[Run], summaries: list[Summary]) -> list[Figure]:
-    """Every figure of the report, in reading order."""
-    plans = (_accuracy, _loss, _batch, _updates, _rate, _throughput, _noise, _distance)
-    drawings = [plan(runs, summaries) for plan in plans]
-    with mpl.rc_context(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # glyphs that the layout font lacks: the browser's has them
-        mpl.rcdefaults()
-        mpl.rcParams.update(_SETTINGS)
-        return [_render(drawing, runs) for drawing in drawings]
+OPENING = "opening"
+"""The section of the figures on the first screen."""
+ONE_COUNT = (
+    "one number of ranks was measured, so there is no efficiency; "
+    "harness bench CONFIG --ranks 1,2,4 measures it."
+)
+
+
+def draw_curves(runs: list[Run], summaries: list[Summary], scaling: bool) -> list[Figure]:
+    """Every curve of the report, in reading order; within ``svg.settings``.
+
+    ``scaling``: the first screen has throughput against ranks. Else it gets throughput over samples
+    seen, first of the list.
+    """
+    plans = (_throughput, _accuracy, _loss, _batch, _updates, _rate, _noise, _distance)
+    drawings = [plan(runs, summaries) for plan in plans] if runs else []
+    if drawings and not scaling:
+        first = drawings[0]
+        caption, absent = (
+            f"{text} Over samples: {ONE_COUNT}" for text in (first.caption, first.absent)
+        )
+        drawings[0] = replace(first, section=OPENING, caption=caption, absent=absent)
+    return [_render(drawing, runs) for drawing in drawings]
 
 
 def swatch(run: Run) -> dict[str, str]:
     """A run's line as SVG attributes, for the table of runs."""
     colour, (_, pattern) = look(run)
     dashes = " ".join(f"{1.7 * part:.1f}" for part in pattern)
-    return {"stroke": _STAND_INS[colour][0], "dashes": dashes or "none"}
+    return {"stroke": final(colour), "dashes": dashes or "none"}
 
 
 def look(run: Run) -> tuple[str, Dash]:
     """The stand-in colour and the dash pattern of a run."""
     place = run.number - 1
     turn = place // len(PALETTE)
-    return _series(place), DASHES[(place + turn) % len(DASHES)]
-
-
-def _series(place: int) -> str:
-    return f"#0a0b{place % len(PALETTE):02x}"
+    return series(place), DASHES[(place + turn) % len(DASHES)]
 
 
 def _limit(runs: list[Run]) -> int:
@@ -193,25 +136,26 @@ def _per_run(
         colour, dash = look(run)
         shape = thin(make(run.columns["samples_seen"], run.columns[column]), _limit(runs))
         lines.append(Line(shape, colour, dash, run.label, staircase))
-    return [line for line in lines if line.curve.x]
+    return [line for line in lines if len(line.curve)]
 
 
-def _of_evaluations(run: Run, field: str, limit: int) -> Curve:
-    seen: Series = [e.samples_seen for e in run.evaluations]
-    values: Series = [getattr(e, field) for e in run.evaluations]
-    return extremes(curve(seen, values), limit)
+def evaluations_of(run: Run, field: str) -> Curve:
+    """A field of the evaluations over samples seen."""
+    told = [(e.samples_seen, getattr(e, field)) for e in run.evaluations]
+    table = np.array(told, dtype=float).reshape(len(told), 2)
+    return curve(table[:, 0], table[:, 1])
 
 
 def _accuracy(runs: list[Run], summaries: list[Summary]) -> Drawing:
     lines = []
     for run in runs:
-        shape = _of_evaluations(run, "accuracy", _limit(runs))
+        shape = extremes(evaluations_of(run, "accuracy"), _limit(runs))
         marker = "o" if len(shape.x) <= 40 else None
         lines.append(Line(shape, *look(run), run.label, marker=marker))
     what = "Accuracy on the whole test set at each evaluation."
     return Drawing(
         "accuracy", "Test accuracy", "Test accuracy, %", what, "No evaluation has been recorded.",
-        [line for line in lines if line.curve.x], _percent_axis, percent,
+        [line for line in lines if len(line.curve)], _percent_axis, percent,
     )  # fmt: skip
 
 
@@ -220,10 +164,10 @@ def _loss(runs: list[Run], summaries: list[Summary]) -> Drawing:
     caption = "Training loss, averaged over each logging window."
     if len(runs) == 1:
         lines = [Line(line.curve, line.colour, label="training") for line in lines]
-        test = _of_evaluations(runs[0], "loss", POINTS)
-        if test.x:
+        test = extremes(evaluations_of(runs[0], "loss"), POINTS)
+        if len(test):
             marker = "o" if len(test.x) <= 40 else None
-            lines.append(Line(test, _series(1), DASHES[1], "test", marker=marker))
+            lines.append(Line(test, series(1), DASHES[1], "test", marker=marker))
             caption = "Loss in training (logging windows) and on the test set (evaluations)."
     return Drawing(
         "loss", "Loss", "Loss, nats", caption, "No loss has been recorded.", lines, _loss_axis
@@ -245,10 +189,10 @@ def _updates(runs: list[Run], summaries: list[Summary]) -> Drawing:
     caption = "Optimizer updates made so far."
     initial, fixed = (summaries[0].of(n) for n in ("initial_batch", "updates_at_initial_batch"))
     if len(runs) == 1 and lines and fixed:
-        reference = Curve([0.0, max(lines[0].curve.x)], [0.0, fixed])
+        reference = points([0.0, lines[0].curve.x.max()], [0.0, fixed])
         label = f"batch {count(initial)} throughout"
         lines = [Line(lines[0].curve, lines[0].colour, label="this run")]
-        lines.append(Line(reference, _series(1), DASHES[1], label))
+        lines.append(Line(reference, series(1), DASHES[1], label))
         caption += " Dashed: what the initial batch would have needed for the same samples."
     return Drawing(
         "updates", "Updates", "Updates so far", caption, "No update has been recorded.",
@@ -271,10 +215,10 @@ def _throughput(runs: list[Run], summaries: list[Summary]) -> Drawing:
     caption = "Images per second of all ranks in each logging window, warm-up included."
     if len(runs) == 1 and lines and median is not None:
         shape = lines[0].curve
-        level = Curve([min(shape.x), max(shape.x)], [median, median])
+        level = points([shape.x.min(), shape.x.max()], [median, median])
         label = f"median {general(median)}"
         lines = [Line(shape, lines[0].colour, label="windows", width=1.3)]
-        lines.append(Line(level, _series(1), DASHES[1], label))
+        lines.append(Line(level, series(1), DASHES[1], label))
         caption += " Dashed: the median without warm-up."
     return Drawing(
         "images-per-second", "Images per second", "Images/s", caption,
@@ -286,14 +230,14 @@ def _noise(runs: list[Run], summaries: list[Summary]) -> Drawing:
     lines, alone = [], len(runs) == 1
     for run in runs:
         scales = means(noise_scales(run), _limit(runs))
-        if not scales.x:
+        if not len(scales):
             continue
         colour, dash = look(run)
         lines.append(Line(scales, colour, dash, "noise scale" if alone else run.label))
         shape = extremes(steps(run.columns["epoch"], run.columns["global_batch"]), _limit(runs))
         batch = Line(shape, colour, dash, None, staircase=True, width=0.8)
         if alone:
-            batch = Line(shape, _series(1), DASHES[1], "global batch", staircase=True)
+            batch = Line(shape, series(1), DASHES[1], "global batch", staircase=True)
         lines.append(_positive(batch))
     return Drawing(
         "noise-scale", "Gradient noise scale", "Samples (log₂ scale)",
@@ -310,7 +254,7 @@ def _distance(runs: list[Run], summaries: list[Summary]) -> Drawing:
     caption = "L2 distance of the weights from the initial ones at the end of each logging window."
     for run, summary in zip(runs, summaries, strict=True):
         full = distances(run)
-        if not full.x:
+        if not len(full):
             continue
         shape = log_spaced(full, _limit(runs))
         if len(shape.x) < len(full.x):
@@ -323,7 +267,7 @@ def _distance(runs: list[Run], summaries: list[Summary]) -> Drawing:
             continue
         label = f"a + b ln t, R² {r2:.4f}" if alone else None
         fit = _fitted(a, b, full.x[0], full.x[-1])
-        lines.append(Line(fit, _series(1) if alone else colour, DASHES[1], label, width=1.1))
+        lines.append(Line(fit, series(1) if alone else colour, DASHES[1], label, width=1.1))
         name = "" if alone else f"run {run.number}: "
         formula = f"{'−' * (a < 0)}{general(abs(a))} {'−' if b < 0 else '+'} {general(abs(b))} ln t"
         fits.append(f"{name}{formula}, R² = {r2:.4f}")
@@ -345,45 +289,67 @@ def _fitted(a: float, b: float, low: float, high: float) -> Curve:
     """a + b · ln t from ``low`` to ``high``, as far as it is a distance: not below zero."""
     ends = [a + b * math.log(t) for t in (low, high)]
     if min(ends) >= 0 or max(ends) <= 0:
-        return Curve([low, high], ends)
+        return points([low, high], ends)
     root = math.exp(-a / b)
-    return Curve([root, high], [0.0, ends[1]]) if b > 0 else Curve([low, root], [ends[0], 0.0])
+    return points([root, high], [0.0, ends[1]]) if b > 0 else points([low, root], [ends[0], 0.0])
 
 
 def _positive(line: Line) -> Line:
     """A line for a logarithmic axis: points at or below zero are damage and left out."""
-    kept = [(x, y) for x, y in zip(line.curve.x, line.curve.y, strict=True) if y > 0]
-    shape = Curve([x for x, _ in kept], [y for _, y in kept], source_points=len(kept))
-    return replace(line, curve=shape)
+    kept = line.curve.at(line.curve.y > 0)
+    return replace(line, curve=replace(kept, source_points=len(kept)))
 
 
 def _render(drawing: Drawing, runs: list[Run]) -> Figure:
-    lines = [line for line in drawing.lines if line.curve.x]
+    lines = [line for line in drawing.lines if len(line.curve)]
     if not lines:
         return Figure(drawing.key, drawing.title, drawing.absent, section=drawing.section)
     labelled = [line for line in lines if line.label] if len(lines) > 1 else []
     rows = math.ceil(len(runs) / 2) if 1 < len(runs) <= LEGEND_RUNS else 0
-    canvas = Canvas(figsize=(460 / 72, (262 + 17 * rows) / 72), layout="constrained")
-    FigureCanvasSVG(canvas)
-    axes = canvas.add_subplot()
-    for line in lines:
-        _plot(axes, line)
-    axes.set_title(drawing.axis, loc="left")
-    _axes(axes, drawing.over)
-    drawing.arrange(axes, lines)
-    notes = _mark_stages(axes, runs[0], drawing.over) if len(runs) == 1 else ""
-    if labelled and len(runs) <= LEGEND_RUNS:
-        _legend(canvas, axes, labelled, above=len(runs) > 1)
-    elif labelled:
+    marks = _marks(runs[0], drawing.over) if len(runs) == 1 else Marks()
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.add_subplot()
+        for line in lines:
+            plot(axes, line)
+        axes.set_title(drawing.axis, loc="left")
+        _axes(axes, drawing.over)
+        drawing.arrange(axes, lines)
+        marks.draw(axes)
+        if labelled and len(runs) <= LEGEND_RUNS:
+            _legend(canvas, axes, labelled, above=len(runs) > 1)
+
+    notes = marks.note
+    if labelled and len(runs) > LEGEND_RUNS:
         notes += " Lines as in the table of runs."
-    out = io.BytesIO()
-    canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    inline, file = _finish(out.getvalue(), drawing, _describe(drawing, lines))
-    caption = drawing.caption + _thinning(lines) + notes
-    return Figure(drawing.key, drawing.title, caption, inline, file, drawing.section)
+    return render(
+        Picture(
+            key=drawing.key,
+            title=drawing.title,
+            caption=drawing.caption + _thinning(lines) + notes,
+            description=_describe(drawing, lines),
+            header=("line", drawing.over.label.lower(), drawing.axis.lower(), "lowest", "highest"),
+            rows=[row for line in lines for row in _rows(line)],
+            draw=draw,
+            height=240 + 17 * rows,
+            section=drawing.section,
+        )
+    )
 
 
-def _plot(axes: Axes, line: Line) -> None:
+def _rows(line: Line) -> list[tuple[str | float | None, ...]]:
+    shape = line.curve
+    bounds = [[None] * len(shape) if b is None else b.tolist() for b in (shape.low, shape.high)]
+    name = clean(line.label or "")
+    columns = (shape.x.tolist(), shape.y.tolist(), *bounds)
+    return [(name, _whole(x), *rest) for x, *rest in zip(*columns, strict=True)]
+
+
+def _whole(x: float) -> float:
+    return int(x) if x.is_integer() else x
+
+
+def plot(axes: Axes, line: Line) -> None:
     shape = line.curve
     axes.plot(
         shape.x,
@@ -415,24 +381,36 @@ def _legend(canvas: Canvas, axes: Axes, lines: list[Line], above: bool) -> None:
         )  # fmt: skip
 
 
-def _mark_stages(axes: Axes, run: Run, over: Abscissa) -> str:
-    """Thin lines where stages begin and triangles where attempts begin; returns what they mean."""
+@dataclass(frozen=True)
+class Marks:
+    """Where stages begin and where attempts resume, and what the marks mean."""
+
+    stages: tuple[float, ...] = ()
+    resumed: tuple[float, ...] = ()
+
+    @property
+    def note(self) -> str:
+        text = " Dotted lines: stages begin." if self.stages else ""
+        return text + (" Triangles: the run was resumed." if self.resumed else "")
+
+    def draw(self, axes: Axes) -> None:
+        for place in self.stages:
+            axes.axvline(place, color=INK, linewidth=0.6, linestyle=(0, (1, 3)), zorder=0.5)
+        axes.plot(
+            self.resumed, [0.0] * len(self.resumed), transform=axes.get_xaxis_transform(),
+            clip_on=False, linestyle="", marker="^", markersize=6, color=INK,
+        )  # fmt: skip
+
+
+def _marks(run: Run, over: Abscissa) -> Marks:
+    """As far as they are few enough to be told apart."""
     begun = [over.of(e, run) for e in run.events("stage")]
-    inner = sorted({s for s in begun if s and (s > 0 or not over.log)})
+    stages = sorted({s for s in begun if s and (s > 0 or not over.log)})
     again = [over.of(e, run) for e in run.events("resume")]
     resumed = sorted({s for s in again if s is not None and (s > 0 or not over.log)})
-    text = ""
-    if inner and len(inner) <= 24:
-        for place in inner:
-            axes.axvline(place, color=_INK, linewidth=0.6, linestyle=(0, (1, 3)), zorder=0.5)
-        text += " Dotted lines: stages begin."
-    if resumed and len(resumed) <= 100:
-        axes.plot(
-            resumed, [0.0] * len(resumed), transform=axes.get_xaxis_transform(), clip_on=False,
-            linestyle="", marker="^", markersize=6, color=_INK,
-        )  # fmt: skip
-        text += " Triangles: the run was resumed."
-    return text
+    return Marks(
+        tuple(stages) if len(stages) <= 24 else (), tuple(resumed) if len(resumed) <= 100 else ()
+    )
 
 
 def _thinning(lines: list[Line]) -> str:
@@ -517,63 +495,10 @@ def _describe(drawing: Drawing, lines: list[Line]) -> str:
     for line in lines[:LEGEND_RUNS]:
         values = line.curve.y
         name = f"{clean(line.label, 60)}: " if line.label and len(lines) > 1 else ""
-        ends = f"from {drawing.show(values[0])} to {drawing.show(values[-1])}"
-        extent = f"lowest {drawing.show(min(values))}, highest {drawing.show(max(values))}"
-        parts.append(f"{name}{ends}; {extent}.")
+        first, last, low, high = (
+            drawing.show(float(v)) for v in (values[0], values[-1], values.min(), values.max())
+        )
+        parts.append(f"{name}from {first} to {last}; lowest {low}, highest {high}.")
     more = f" And {len(lines) - LEGEND_RUNS} more." if len(lines) > LEGEND_RUNS else ""
     over = drawing.over.label.partition(" (")[0].lower()
     return f"{drawing.title} over {over}. " + " ".join(parts) + more
-
-
-def _finish(svg: bytes, drawing: Drawing, description: str) -> tuple[str, bytes]:
-    """The page's copy and the stand-alone copy of what matplotlib wrote."""
-    copies = []
-    for themed in (True, False):
-        root = ElementTree.fromstring(svg)  # noqa: S314 - our own output, not a user's
-        _restyle(root, themed)
-        if themed:
-            _prefix_ids(root, f"{drawing.key}-")
-            root.attrib.pop("width"), root.attrib.pop("height")
-        _name(root, drawing, description)
-        copies.append(ElementTree.tostring(root, encoding="unicode"))
-    return copies[0], f'<?xml version="1.0" encoding="UTF-8"?>\n{copies[1]}\n'.encode()
-
-
-def _restyle(root: ElementTree.Element, themed: bool) -> None:
-    """Drop metadata and the global style rule; put in the final colours and fonts."""
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
-                parent.remove(child)
-    root.set("style", "stroke-linejoin: round; stroke-linecap: butt")
-    for element in root.iter():
-        for key in ("style", "fill", "stroke"):
-            if key in element.attrib:
-                value = re.sub(r"(font:[^;']*)'DejaVu Sans'", rf"\1{_FONT}", element.attrib[key])
-                for stand_in, (variable, colour) in _STAND_INS.items():
-                    value = value.replace(stand_in, variable if themed else colour)
-                element.attrib[key] = value
-
-
-def _prefix_ids(root: ElementTree.Element, prefix: str) -> None:
-    """Make ids unique in a page that holds several figures."""
-    for element in root.iter():
-        for key, value in list(element.attrib.items()):
-            if key == "id":
-                element.attrib[key] = prefix + value
-            elif key == f"{{{_XLINK}}}href" and value.startswith("#"):
-                element.attrib[key] = f"#{prefix}{value[1:]}"
-            elif "url(#" in value:
-                element.attrib[key] = value.replace("url(#", f"url(#{prefix}")
-
-
-def _name(root: ElementTree.Element, drawing: Drawing, description: str) -> None:
-    root.set("role", "img")
-    root.set("aria-label", description)
-    title = ElementTree.Element(f"{{{_SVG}}}title")
-    title.text = drawing.title
-    root.insert(0, title)
-
-
-ElementTree.register_namespace("", _SVG)
-ElementTree.register_namespace("xlink", _XLINK)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import gc
-from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from harness.errors import RunDirectoryError
 from harness.records import Record, RunDirectory, RunRecords, read_run
-from harness.report.fields import Series, clean, number, pick, plural, words
+from harness.report.columns import Array, Columns, read_columns
+from harness.report.fields import clean, number, pick, plural, words
 from harness.report.layers import LayerLog, read_layers
 
-# The columns that the page is made of. The first group belongs in every line; the others may be
-# null for good reason (not measured), which is no problem to report.
+# What belongs in every line of metrics.jsonl. Other fields may be null for good reason (not
+# measured), which is no problem to report.
 EXPECTED = ("update", "samples_seen", "global_batch", "lr", "loss", "images_per_sec")
-COLUMNS = (*EXPECTED, "epoch", "stage", "ranks", "noise_scale", "distance_from_init")
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,15 @@ class Run:
     directory: str
     name: str
     records: RunRecords
-    columns: dict[str, Series]
+    columns: Columns
     layers: LayerLog
     evaluations: list[Evaluation]
     attempts: Attempts | None
-    warm_up: frozenset[int]
+    timed: NDArray[np.bool_]
+    """Of each line whether it counts for throughput: it has one, and is not the first window of an
+    attempt, which is warm-up."""
+    warm_up: int
+    """Windows that are warm-up."""
     status: str
     problems: list[str]
 
@@ -72,16 +75,16 @@ class Run:
 def load_run(path: Path, position: int) -> Run:
     """Read a run directory; raises RunDirectoryError only where there is no run to read."""
     try:
-        with _collector_paused():
-            records = read_run(path)
-            layers = read_layers(RunDirectory(path).layers)
-            columns = {
-                name: [number(record.get(name)) for record in records.metrics] for name in COLUMNS
-            }
+        records = read_run(path, metrics=False)
+        layers = read_layers(RunDirectory(path).layers)
+        columns = read_columns(RunDirectory(path).metrics)
     except (OSError, RecursionError) as error:
         raise RunDirectoryError(f"{path} cannot be read: {error}") from error
     evaluations = [_evaluation(e) for e in records.events if e.get("kind") == "evaluation"]
-    status = _status(records)
+    status = _status(records, columns)
+    first = _first_windows(columns["update"], records.events)
+    timed = columns["images_per_sec"] > 0
+    timed[first] = False
     return Run(
         number=position,
         directory=str(path),
@@ -91,28 +94,27 @@ def load_run(path: Path, position: int) -> Run:
         layers=layers,
         evaluations=evaluations,
         attempts=_attempts(records.events),
-        warm_up=_first_windows(columns["update"], records.events),
+        timed=timed,
+        warm_up=len(first),
         status=status,
         problems=[
             *records.problems,
+            *_metrics_problems(RunDirectory(path).metrics, columns),
             *layers.problems,
-            *_gaps(records.metrics, columns),
+            *_gaps(columns),
             *_event_gaps(records, evaluations),
-            *_progress(records, status),
+            *_progress(records, columns, status),
         ],
     )
 
 
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Reading makes millions of objects and no garbage; the collector would only walk them."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
+def _metrics_problems(path: Path, columns: Columns) -> list[str]:
+    if not path.exists():
+        return ["metrics.jsonl is missing"]
+    if columns.broken:
+        total = columns.lines + columns.broken
+        return [f"metrics.jsonl: {columns.broken:,} of {total:,} lines are broken and left out"]
+    return []
 
 
 def _evaluation(event: Record) -> Evaluation:
@@ -141,35 +143,32 @@ def _attempts(events: list[Record]) -> Attempts | None:
     return Attempts(total, restarts, continuations) if total else None
 
 
-def _first_windows(updates: Series, events: list[Record]) -> frozenset[int]:
+def _first_windows(updates: Array, events: list[Record]) -> list[int]:
     """Positions of the first window of every attempt: warm-up, left out of throughput."""
-    known = sorted((update, i) for i, update in enumerate(updates) if update is not None)
+    order = np.argsort(updates, kind="stable")[: int((~np.isnan(updates)).sum())]  # NaN sorts last
     begins = [number(e.get("update")) for e in events if e.get("kind") in ("start", "resume")]
-    first: set[int] = set()
-    for begin in [b for b in begins if b is not None] or [float("-inf")]:
-        place = bisect_right(known, begin, key=lambda pair: pair[0])
-        if place < len(known):
-            first.add(known[place][1])
-    return frozenset(first)
+    wanted = [b for b in begins if b is not None] or [-np.inf]
+    places = np.searchsorted(updates[order], wanted, side="right")
+    return sorted({int(order[place]) for place in places if place < len(order)})
 
 
-def _status(records: RunRecords) -> str:
+def _status(records: RunRecords, columns: Columns) -> str:
     """finished, stopped, unfinished (running or killed: the records cannot tell), or unknown."""
     phases = ("start", "resume", "stop", "end")
     last = [event["kind"] for event in records.events if event.get("kind") in phases]
     if not last:
-        return "unfinished" if records.metrics else "unknown"
+        return "unfinished" if columns.lines else "unknown"
     return {"stop": "stopped", "end": "finished"}.get(last[-1], "unfinished")
 
 
-def _gaps(metrics: list[Record], columns: dict[str, Series]) -> list[str]:
+def _gaps(columns: Columns) -> list[str]:
     """Which expected values the metrics lack, and which are not numbers."""
-    total = len(metrics)
+    total = columns.lines
     if not total:
         return ["no training window has been recorded yet (metrics.jsonl)"]
     found = []
     for name in EXPECTED:
-        missing = columns[name].count(None)
+        missing = columns.missing(name)
         if missing:
             share = "every line" if missing == total else f"{missing:,} of {total:,} lines"
             found.append(f"metrics.jsonl: {name} is null or not a number in {share}")
@@ -192,10 +191,10 @@ def _event_gaps(records: RunRecords, evaluations: list[Evaluation]) -> list[str]
     return found
 
 
-def _progress(records: RunRecords, status: str) -> list[str]:
+def _progress(records: RunRecords, columns: Columns, status: str) -> list[str]:
     planned = number(pick(records.plan, "totals", "samples"))
-    seen = [s for r in records.metrics[-1:] if (s := number(r.get("samples_seen"))) is not None]
-    how_far = f" at {seen[-1]:,.0f} of {planned:,.0f} samples" if seen and planned else ""
+    seen = columns.last("samples_seen")
+    how_far = f" at {seen:,.0f} of {planned:,.0f} samples" if seen is not None and planned else ""
     if status == "unfinished":
         return [f"the run has no end line{how_far}: it was killed, or it is still running"]
     if status == "stopped":

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from harness.records import Record
+from harness.report.columns import Array
 from harness.report.curves import Curve, curve, log_fit
 from harness.report.fields import (
-    Series,
     clean,
     count,
     duration,
@@ -25,7 +27,6 @@ from harness.report.fields import (
     percent,
     pick,
     plural,
-    quantile,
 )
 from harness.report.runs import Evaluation, Run
 from harness.schedule.clock import Clock, Limit, updates_until
@@ -57,17 +58,8 @@ def summarise(run: Run) -> Summary:
     return Summary((n.name, n) for part in parts for n in part)
 
 
-def last(values: Series) -> float | None:
-    """The last known value."""
-    return next((v for v in reversed(values) if v is not None), None)
-
-
-def largest(values: Series) -> float | None:
-    return max((v for v in values if v is not None), default=None)
-
-
 def _progress(run: Run) -> Iterator[Number]:
-    samples, updates = largest(run.columns["samples_seen"]), largest(run.columns["update"])
+    samples, updates = (run.columns.largest(name) for name in ("samples_seen", "update"))
     totals: Any = pick(run.records.plan, "totals")
     initial = number(run.config("batch", "initial"))
     planned = number(pick(totals, "samples"))
@@ -80,16 +72,16 @@ def _progress(run: Run) -> Iterator[Number]:
     yield Number("samples_seen", samples, "samples", metrics + "largest samples_seen")
     yield Number("samples_planned", planned, "samples", "plan.json: totals.samples")
     yield Number("dataset_size", size, "samples", "plan.json: totals.dataset_size")
-    yield Number("epochs", last(run.columns["epoch"]), "epochs", metrics + "last epoch")
+    yield Number("epochs", run.columns.last("epoch"), "epochs", metrics + "last epoch")
     yield Number("updates", updates, "updates", metrics + "largest update")
     yield Number("initial_batch", initial, "samples", "config.yaml: batch.initial")
-    batch = largest(run.columns["global_batch"])
+    batch = run.columns.largest("global_batch")
     yield Number("largest_batch", batch, "samples", metrics + "largest global_batch")
     source = "samples_seen cut into updates of initial_batch, as batch.epoch_end says (config.yaml)"
     yield Number("updates_at_initial_batch", fixed, "updates", source)
     source = "updates / updates_at_initial_batch"
     yield Number("updates_share_of_initial_batch", share, "fraction", source)
-    loss = last(run.columns["loss"])
+    loss = run.columns.last("loss")
     yield Number(
         "final_training_loss", loss, "nats", metrics + "loss of the last line that has one"
     )
@@ -132,16 +124,8 @@ def _accuracy(run: Run) -> Iterator[Number]:
         yield Number(f"{key}_test_samples_seen", evaluation.samples_seen, "samples", source)
 
 
-def timed_windows(run: Run) -> list[int]:
-    """Positions of the windows that count for throughput."""
-    rates = run.columns["images_per_sec"]
-    return [i for i, r in enumerate(rates) if r is not None and r > 0 and i not in run.warm_up]
-
-
 def _throughput(run: Run) -> Iterator[Number]:
-    rates = run.columns["images_per_sec"]
-    windows = timed_windows(run)
-    ordered = sorted(rate for i in windows if (rate := rates[i]) is not None)
+    rates = run.columns["images_per_sec"][run.timed]
     rule = "metrics.jsonl: {} of images_per_sec, first window of each attempt left out"
     for name, share, what in (
         ("median", 0.5, "median"),
@@ -149,45 +133,46 @@ def _throughput(run: Run) -> Iterator[Number]:
         ("p90", 0.9, "90th percentile"),
     ):
         yield Number(
-            f"images_per_sec_{name}", quantile(ordered, share), "images/s", rule.format(what)
+            f"images_per_sec_{name}", quantile_of(rates, share), "images/s", rule.format(what)
         )
     source = (
         "metrics.jsonl: sum of samples / sum of (samples / images_per_sec) over the same windows"
     )
-    yield Number("images_per_sec_overall", _overall(run, windows), "images/s", source)
-    lines = len(rates) or None
-    counted = len(windows) if lines else None
-    warm_up = len(run.warm_up) if lines else None
+    yield Number("images_per_sec_overall", _overall(run), "images/s", source)
+    lines = run.columns.lines
+    counted = len(rates) if lines else None
+    warm_up = run.warm_up if lines else None
     source = "metrics.jsonl: lines counted for throughput"
     yield Number("windows_counted", counted, "windows", source)
     source = "metrics.jsonl: first line of each attempt"
     yield Number("windows_left_out", warm_up, "windows", source)
 
 
-def _overall(run: Run, windows: list[int]) -> float | None:
+def quantile_of(values: Array, share: float) -> float | None:
+    """The ``share`` quantile, linear between neighbours; None for no values."""
+    return float(np.quantile(values, share)) if len(values) else None
+
+
+def _overall(run: Run) -> float | None:
     """Total samples over total time; a window's time is its samples over its images/s."""
-    seen, rates = run.columns["samples_seen"], run.columns["images_per_sec"]
-    samples = seconds = 0.0
-    for i in windows:
-        before, after, rate = seen[i - 1] if i else 0, seen[i], rates[i]
-        if before is not None and after is not None and rate and after > before:
-            samples += after - before
-            seconds += (after - before) / rate
-    return samples / seconds if seconds else None
+    samples = np.diff(run.columns["samples_seen"], prepend=0.0)
+    counts = run.timed & (samples > 0)  # false where either end is not known
+    seconds = float((samples[counts] / run.columns["images_per_sec"][counts]).sum())
+    return float(samples[counts].sum()) / seconds if seconds else None
 
 
 def _ranks_and_time(run: Run) -> Iterator[Number]:
-    ranks = [r for r in run.columns["ranks"] if r is not None]
+    columns = run.columns
     source = "metrics.jsonl: {} ranks"
-    yield Number("ranks_first", ranks[0] if ranks else None, "ranks", source.format("first"))
-    yield Number("ranks_last", ranks[-1] if ranks else None, "ranks", source.format("last"))
-    yield Number("ranks_largest", largest(run.columns["ranks"]), "ranks", source.format("largest"))
+    yield Number("ranks_first", columns.first("ranks"), "ranks", source.format("first"))
+    yield Number("ranks_last", columns.last("ranks"), "ranks", source.format("last"))
+    yield Number("ranks_largest", columns.largest("ranks"), "ranks", source.format("largest"))
     wall = wall_seconds(run.records.events)
     source = "events.jsonl: time of the last line - time of the first"
     yield Number("wall_seconds", wall, "s", source)
-    ends = [number(event.get("seconds")) for event in run.events("end")]
+    ends = [s for event in run.events("end") if (s := number(event.get("seconds"))) is not None]
     source = "events.jsonl: seconds of the end line"
-    yield Number("seconds_of_last_attempt", last(ends), "s", source)
+    yield Number("seconds_of_last_attempt", ends[-1] if ends else None, "s", source)
 
 
 def wall_seconds(events: list[Record]) -> float | None:
@@ -247,11 +232,12 @@ def _events(run: Run) -> Iterator[Number]:
         yield Number(name, count, "images", source)
 
 
-def positive(x: Series, y: Series) -> Curve:
+def positive(x: Array, y: Array) -> Curve:
     """The points that a logarithmic axis can hold, x ascending: both coordinates above zero."""
     full = curve(x, y)
-    kept = sorted((a, b) for a, b in zip(full.x, full.y, strict=True) if a > 0 and b > 0)
-    return Curve([a for a, _ in kept], [b for _, b in kept], source_points=len(kept))
+    kept = full.at((full.x > 0) & (full.y > 0))
+    order = np.lexsort((kept.y, kept.x))
+    return Curve(kept.x[order], kept.y[order], source_points=len(order))
 
 
 def noise_scales(run: Run) -> Curve:
@@ -267,10 +253,10 @@ def distances(run: Run) -> Curve:
 def _noise(run: Run) -> Iterator[Number]:
     """The gradient noise scale; nothing for a run that has not measured it."""
     scales = noise_scales(run).y
-    if scales:
+    if len(scales):
         metrics = "metrics.jsonl: {} noise_scale above 0"
-        yield Number("noise_scale_first", scales[0], "samples", metrics.format("first"))
-        yield Number("noise_scale_last", scales[-1], "samples", metrics.format("last"))
+        yield Number("noise_scale_first", float(scales[0]), "samples", metrics.format("first"))
+        yield Number("noise_scale_last", float(scales[-1]), "samples", metrics.format("last"))
         source = "metrics.jsonl: lines with a noise_scale above 0"
         yield Number("noise_scale_windows", len(scales), "windows", source)
 
@@ -281,10 +267,10 @@ def _distance(run: Run) -> Iterator[Number]:
     Hoffer, Hubara and Soudry 2017, section 3, find a + b · ln t ("ultra-slow diffusion").
     """
     shape = distances(run)
-    if not shape.y:
+    if not len(shape):
         return
     source = "metrics.jsonl: last distance_from_init"
-    yield Number("distance_from_init_last", shape.y[-1], "L2 norm", source)
+    yield Number("distance_from_init_last", float(shape.y[-1]), "L2 norm", source)
     fit = log_fit(shape)
     rule = "metrics.jsonl: least squares of distance_from_init over ln(update), every line alike: "
     for name, unit, what in (

@@ -7,15 +7,18 @@ number of updates stands beside the number done.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise, repeat
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from harness.records import Record
+from harness.report.columns import COUNTS, GROUPS, TEXTS, Columns, plain
+from harness.report.csvtext import to_csv
 from harness.report.fields import (
     clean,
     count,
@@ -26,19 +29,21 @@ from harness.report.fields import (
     percent,
     pick,
     plural,
-    quantile,
     words,
 )
 from harness.report.layers import Layer, LayerLog, Snapshot
 from harness.report.runs import Evaluation, Run
+from harness.report.summary import quantile_of
 
 # metrics.csv holds at most this many lines; of a longer run every k-th, and the page says so.
-METRICS_ROWS = 100_000
+METRICS_ROWS = 20_000
 METRICS_COLUMNS = (
     *("update", "samples_seen", "epoch", "stage", "ranks", "accumulation", "micro_batch"),
     *("global_batch", "lr", "momentum", "loss", "images_per_sec", "comm_bytes", "grad_norm"),
     *("noise_scale", "distance_from_init"),
 )
+Places = NDArray[np.intp]
+_NOWHERE: Places = np.zeros(0, dtype=np.intp)
 PHASES = ("data", "forward", "backward", "comm_exposed", "optimizer", "other")
 
 
@@ -79,7 +84,7 @@ def stage_rows(run: Run) -> list[Stage]:
             run,
             stage,
             begun.get(stage, []),
-            windows.get(stage, []),
+            windows.get(stage, _NOWHERE),
             planned.get(stage, [{}])[-1],
             begun.get(following.get(stage, math.nan), []),
         )
@@ -103,12 +108,13 @@ def _by_stage(records: list[Record]) -> dict[float, list[Record]]:
     return groups
 
 
-def _windows_by_stage(run: Run) -> dict[float, list[int]]:
-    groups: dict[float, list[int]] = {}
-    for position, stage in enumerate(run.columns["stage"]):
-        if stage is not None:
-            groups.setdefault(stage, []).append(position)
-    return groups
+def _windows_by_stage(run: Run) -> dict[float, Places]:
+    """Positions of the lines of each stage, in order."""
+    stages = run.columns["stage"]
+    order = np.argsort(stages, kind="stable")[: int((~np.isnan(stages)).sum())]
+    values, begins = np.unique(stages[order], return_index=True)
+    parts = np.split(order, begins[1:]) if len(values) else []
+    return {plain("stage", v) or 0: part for v, part in zip(values, parts, strict=True)}
 
 
 def _planned(stage: Any, plan: Record) -> Stage:
@@ -140,17 +146,19 @@ def _reached(
     run: Run,
     stage: Any,
     events: list[Record],
-    windows: list[int],
+    windows: Places,
     plan: Record,
     next_events: list[Record],
 ) -> Stage:
     """What the event of its begin and the windows of a stage say; ranks as they last were."""
-    first = events[0] if events else {}
-    lines = [run.records.metrics[i] for i in (windows[0], windows[-1])] if windows else [{}, {}]
-    sources = [lines[-1], events[-1] if events else {}]
+    first, last = (events[0], events[-1]) if events else ({}, {})
+
+    def line(name: str, place: int) -> float | None:
+        return run.columns.at(name, int(windows[place])) if len(windows) else None
 
     def measured(name: str) -> float | None:
-        return next((v for record in sources if (v := number(record.get(name))) is not None), None)
+        value = line(name, -1)
+        return number(last.get(name)) if value is None else value
 
     begin = number(first.get("epoch")) if events else _epoch_before(run, windows)
     following = number(pick(next_events[0], "epoch")) if next_events else None
@@ -159,15 +167,15 @@ def _reached(
         reached=True,
         segment=number(plan.get("segment")),
         start_epoch=begin,
-        end_epoch=following if following is not None else number(lines[-1].get("epoch")),
+        end_epoch=following if following is not None else line("epoch", -1),
         start_samples=number(first.get("samples_seen")),
         global_batch=measured("global_batch"),
         ranks=measured("ranks"),
         accumulation=measured("accumulation"),
         micro_batch=measured("micro_batch"),
-        lr_first=number(first.get("lr", lines[0].get("lr"))),
-        lr_last=number(lines[-1].get("lr")),
-        momentum=number(lines[-1].get("momentum")),
+        lr_first=number(first["lr"]) if "lr" in first else line("lr", 0),
+        lr_last=line("lr", -1),
+        momentum=line("momentum", -1),
         updates_planned=number(plan.get("updates")),
         updates_done=_updates_done(run, windows),
         images_per_sec_median=_median_rate(run, windows),
@@ -175,25 +183,23 @@ def _reached(
     )
 
 
-def _epoch_before(run: Run, windows: list[int]) -> float | None:
+def _epoch_before(run: Run, windows: Places) -> float | None:
     """The epoch of the window before a stage whose begin was not recorded."""
-    return run.columns["epoch"][windows[0] - 1] if windows and windows[0] else None
+    first = int(windows[0]) if len(windows) else 0
+    return run.columns.at("epoch", first - 1) if first else None
 
 
-def _updates_done(run: Run, windows: list[int]) -> float | None:
+def _updates_done(run: Run, windows: Places) -> float | None:
     """Updates from the last window before the stage to its last window."""
-    updates = run.columns["update"]
-    if not windows:
+    if not len(windows):
         return None
-    begin = updates[windows[0] - 1] if windows[0] else 0
-    end = updates[windows[-1]]
+    begin = run.columns.at("update", int(windows[0]) - 1) if windows[0] else 0
+    end = run.columns.at("update", int(windows[-1]))
     return end - begin if end is not None and begin is not None else None
 
 
-def _median_rate(run: Run, windows: list[int]) -> float | None:
-    rates = run.columns["images_per_sec"]
-    kept = [r for i in windows if i not in run.warm_up and (r := rates[i]) is not None and r > 0]
-    return quantile(sorted(kept), 0.5)
+def _median_rate(run: Run, windows: Places) -> float | None:
+    return quantile_of(run.columns["images_per_sec"][windows[run.timed[windows]]], 0.5)
 
 
 @dataclass(frozen=True)
@@ -419,24 +425,41 @@ def _leaves(value: Any, name: str, depth: int) -> Iterator[tuple[str, str]]:
 
 def metrics_step(run: Run) -> int:
     """Of how many lines of metrics.jsonl metrics.csv holds one."""
-    return -(-len(run.records.metrics) // METRICS_ROWS) or 1
+    return -(-run.columns.lines // METRICS_ROWS) or 1
 
 
-def metrics_csv(runs: Iterable[Run]) -> bytes:
-    """The lines of metrics.jsonl, the ``seconds`` of each phase in a column of its own."""
-    header = ("run", *METRICS_COLUMNS, *(f"seconds_{phase}" for phase in PHASES))
-    return to_csv(header, (row for run in runs for row in _metrics_rows(run)))
+def metrics_csv(runs: Sequence[Run]) -> bytes:
+    """The lines of metrics.jsonl; what they hold by name (``seconds`` of each phase, …) in a column
+    of its own."""
+    groups = {
+        f"{group}.{name}": f"{group}_{name}"
+        for group in GROUPS
+        for name in dict.fromkeys(
+            chain(
+                PHASES if group == "seconds" else (),
+                *(run.columns.group(group) for run in runs),
+            )
+        )
+    }
+    optional = [n for n in ("memory_peak_bytes",) if any(run.columns.known(n).size for run in runs)]
+    names = (*METRICS_COLUMNS, *optional, *groups)
+    rows = chain.from_iterable(_metrics_rows(run, names) for run in runs)
+    return to_csv(("run", *METRICS_COLUMNS, *optional, *map(clean, groups.values())), rows)
 
 
-def _metrics_rows(run: Run) -> Iterator[list[Any]]:
-    for record in run.records.metrics[:: metrics_step(run)]:
-        seconds = record.get("seconds")
-        phases = seconds if isinstance(seconds, dict) else {}
-        yield [
-            run.number,
-            *(number(record.get(name)) for name in METRICS_COLUMNS),
-            *(number(phases.get(name)) for name in PHASES),
-        ]
+def _metrics_rows(run: Run, names: Iterable[str]) -> Iterator[tuple[Any, ...]]:
+    step = metrics_step(run)
+    columns = [_cells(run.columns, name, step) for name in names]
+    return zip(repeat(run.number, len(columns[0])), *columns, strict=True)
+
+
+def _cells(columns: Columns, name: str, step: int) -> list[Any]:
+    values = columns[name][::step]
+    if name.rpartition(".")[2] in TEXTS:
+        return [None if math.isnan(v) else columns.texts[int(v)] for v in values.tolist()]
+    if name in COUNTS:
+        return [plain(name, value) for value in values.tolist()]
+    return [None if value != value else value for value in values.tolist()]
 
 
 def evaluations_csv(runs: Iterable[Run]) -> bytes:
@@ -465,17 +488,3 @@ def layers_csv(runs: Iterable[Run]) -> bytes | None:
     where = (field.name for field in fields(Snapshot) if field.name != "layers")
     what = (field.name for field in fields(Layer))
     return to_csv(("run", *where, *what), rows) if rows else None
-
-
-def to_csv(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:
-    """CSV with exact floats; an empty cell is a missing value."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([_cell(value) if type(value) is str else value for value in r] for r in rows)
-    return text.getvalue().encode()
-
-
-def _cell(text: str) -> str:
-    """Text that a spreadsheet would run as a formula gets an apostrophe in front."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

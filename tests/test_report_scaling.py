@@ -1,0 +1,326 @@
+"""Benches, series, causes and columns of the report, against known truths."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from simulated import PHASES, Simulation, bench, write_bench
+
+from harness.errors import RunDirectoryError
+from harness.records import encode
+from harness.report import build_report, columns
+from harness.report.columns import read_columns
+from harness.report.fields import number
+from harness.report.goodput import goodputs_of, statistical_efficiency
+from harness.report.scaling import Point, series_of
+
+
+def text_of(index: Path) -> str:
+    words = re.sub(
+        r"<style>.*?</style>|<[^>]+>", " ", index.read_text(encoding="utf-8"), flags=re.S
+    )
+    return " ".join(words.split())
+
+
+def summary_of(index: Path) -> Any:
+    return json.loads((index.parent / "summary.json").read_text())
+
+
+def point(ranks: int, rate: float, half: float | None = None, batch: int = 32) -> Point:
+    return Point(
+        ranks=ranks, nodes=1, micro_batch=batch, accumulation=1, global_batch=batch * ranks,
+        images_per_sec=rate, low=None if half is None else rate - half,
+        high=None if half is None else rate + half, confidence=0.95, repeats=(rate,),
+        seconds={}, mfu=None, source="here",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- columns
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+groups = st.dictionaries(st.sampled_from(["data", "forward", "phase"]), scalars) | scalars
+lines = st.lists(
+    st.dictionaries(st.sampled_from(["update", "loss", "lr"]), scalars)
+    | st.fixed_dictionaries({"update": scalars, "seconds": groups}),
+    max_size=12,
+)
+
+
+@given(lines, st.integers(1, 5))
+def test_columns_hold_what_each_line_says(
+    tmp_path_factory: pytest.TempPathFactory, given: list[dict[str, Any]], parts: int
+) -> None:
+    path = tmp_path_factory.mktemp("columns") / "metrics.jsonl"
+    path.write_bytes(b"".join(json.dumps(line).encode() + b"\n" for line in given) + b'{"upd')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(columns, "LINES", 1)
+        patch.setattr(columns, "_parts", lambda size: parts)
+        patch.setattr(columns, "_start", _InProcess)
+        patch.setattr(columns, "_collect", lambda helper: helper.columns)
+        found = read_columns(path)
+    assert (found.lines, found.broken) == (len(given), 1)
+    for name in ("update", "loss", "lr"):
+        expected = [number(line.get(name)) for line in given]
+        assert [found.at(name, i) for i in range(len(given))] == expected
+    for name in ("data", "forward"):
+        inner = [line.get("seconds") for line in given]
+        values = [number(entry.get(name)) if isinstance(entry, dict) else None for entry in inner]
+        assert [found.at(f"seconds.{name}", i) for i in range(len(given))] == values
+
+
+class _InProcess:
+    """A part that is read here."""
+
+    stdout = None
+
+    def __init__(self, path: Path, begin: int, end: int) -> None:
+        self.columns = columns._read(path, begin, end)
+
+    def kill(self) -> None: ...
+    def wait(self) -> None: ...
+
+
+def test_other_processes_read_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    run = Simulation(epochs=4).run()
+    for place, line in enumerate(run.metrics):
+        line["rank_seconds"] = {"slowest_host": f"n{place % 7}", "slowest_rank": place % 7}
+    path.write_bytes(b"".join(map(encode, run.metrics)))
+    alone = read_columns(path)
+    monkeypatch.setattr(columns, "_parts", lambda size: 3)
+    shared = read_columns(path)
+    assert shared.lines == alone.lines == len(run.metrics)
+    assert shared.values.keys() == alone.values.keys()
+    host = "rank_seconds.slowest_host"
+    for name in alone.values.keys() - {host}:
+        np.testing.assert_array_equal(shared[name], alone[name])
+    for one in (alone, shared):
+        assert [one.texts[int(v)] for v in one[host]] == [f"n{i % 7}" for i in range(one.lines)]
+
+
+def test_a_helper_that_fails_costs_time_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(encode({"update": i}) for i in range(50)))
+    monkeypatch.setattr(columns, "_parts", lambda size: 2)
+    monkeypatch.setattr(columns.sys, "executable", "/bin/false")
+    assert read_columns(path)["update"].tolist() == list(range(50))
+
+
+# ---------------------------------------------------------------- series
+
+
+@given(st.dictionaries(st.integers(1, 512), st.floats(1, 1e6), min_size=2, max_size=8))
+def test_speedup_and_efficiency_follow_their_definition(rates: dict[int, float]) -> None:
+    (one,) = series_of("x", "t", [point(n, rate) for n, rate in rates.items()], "weak")
+    first = min(rates)
+    assert [s.point.ranks for s in one.scaled()] == sorted(rates)
+    for scaled in one.scaled():
+        n = scaled.point.ranks
+        assert scaled.speedup == pytest.approx(rates[n] / rates[first])
+        assert scaled.efficiency == pytest.approx(rates[n] / n / (rates[first] / first))
+        assert scaled.efficiency_low is None
+
+
+def test_ideal_scaling_has_no_knee_and_a_plateau_has_one() -> None:
+    (ideal,) = series_of("x", "t", [point(n, 100.0 * n) for n in (1, 2, 4, 8)], "weak")
+    assert ideal.knee() is None
+    rates = {1: 100.0, 2: 190.0, 4: 300.0, 8: 320.0}
+    (flat,) = series_of("x", "t", [point(n, rate) for n, rate in rates.items()], "weak")
+    assert flat.knee() == 4
+
+
+def test_the_interval_of_an_efficiency_is_that_of_a_quotient() -> None:
+    """Against a simulation of the quotient of two independent means."""
+    (one,) = series_of("x", "t", [point(1, 100.0, 2.0), point(4, 360.0, 9.0)], "weak")
+    low, high = one.scaled()[1].efficiency_low, one.scaled()[1].efficiency_high
+    draw = np.random.default_rng(0)
+    ratios = draw.normal(360, 9 / 1.96, 200_000) / draw.normal(100, 2 / 1.96, 200_000) / 4
+    expected = np.quantile(ratios, [0.025, 0.975])
+    assert [low, high] == pytest.approx(expected.tolist(), rel=2e-3)
+
+
+def test_a_grid_has_weak_and_strong_series() -> None:
+    grid = [point(n, 90.0 * n, batch=b) for n in (1, 2) for b in (32, 64)]
+    found = series_of("x", "t", grid, "grid")
+    assert [(s.mode, s.fixed) for s in found] == [
+        ("weak", "32 per rank"), ("weak", "64 per rank"), ("strong", "batch 64"),
+    ]  # fmt: skip
+
+
+@given(st.floats(1, 1e5), st.floats(1, 1e5))
+def test_the_worth_of_a_sample_is_half_at_the_noise_scale_and_falls(b: float, n: float) -> None:
+    assert statistical_efficiency(n, n) == 0.5
+    assert 0 < statistical_efficiency(b, n) < 1
+    assert statistical_efficiency(2 * b, n) < statistical_efficiency(b, n)
+
+
+def test_goodput_has_its_knee_before_throughput_has() -> None:
+    (ideal,) = series_of("x", "t", [point(n, 100.0 * n) for n in (1, 2, 4, 8, 16)], "weak")
+    found = goodputs_of(ideal, noise=128.0)
+    assert found is not None
+    assert ideal.knee() is None
+    assert found.knee == 2
+    assert found.goodput == pytest.approx([100 * n / (1 + 32 * n / 128) for n in (1, 2, 4, 8, 16)])
+
+
+# ---------------------------------------------------------------- pages
+
+
+def test_a_bench_is_answered_drawn_and_traced(tmp_path: Path) -> None:
+    content = bench()
+    index = build_report([write_bench(tmp_path / "b", content)])
+    assert index == tmp_path / "b" / "report" / "index.html"
+    text, summary = text_of(index), summary_of(index)
+    rates = [p["images_per_sec"] for p in content["points"]]
+    assert f"8 ranks train {rates[-1] / rates[0]:.3g} times as fast as 1 rank" in text
+    assert "Exposed communication takes" in text
+    assert "Model not fitted" in text
+    (one,) = summary["scaling"]
+    assert [p["images_per_sec"] for p in one["points"]] == rates
+    assert [p["source"] for p in one["points"]] == [f"bench.json: points[{i}]" for i in range(4)]
+    assert one["points"][3]["efficiency"] == pytest.approx(rates[3] / rates[0] / 8)
+    assert {"scaling.svg", "time.svg", "scaling.csv", "time.csv", "report.md"} <= {
+        path.name for path in index.parent.iterdir()
+    }
+
+
+def test_runs_at_several_rank_counts_make_a_series(tmp_path: Path) -> None:
+    for count in (1, 2, 4):
+        for repeat in range(2):
+            run = Simulation(10 * count + repeat, epochs=2).run(restart_at=None)
+            for line in run.metrics:
+                line |= {"ranks": count, "accumulation": 1, "micro_batch": 64 // count}
+                line |= {"global_batch": 64, "images_per_sec": (1000.0 + repeat) * count**0.9}
+            run.write(tmp_path / "series" / f"nodes-{count}-{repeat}")
+    index = build_report([tmp_path / "series"])
+    assert index == tmp_path / "series" / "report" / "index.html"
+    (one,) = summary_of(index)["scaling"]
+    assert one["mode"] == "strong"
+    assert [p["ranks"] for p in one["points"]] == [1, 2, 4]
+    assert [len(p["repeats"]) for p in one["points"]] == [2, 2, 2]
+    last = one["points"][2]
+    assert last["images_per_sec"] == pytest.approx(1000.5 * 4**0.9)
+    # Student's interval of two values with one degree of freedom: 12.706 × s / √2.
+    assert last["high"] - last["images_per_sec"] == pytest.approx(12.7062 * 0.5 * 4**0.9, rel=1e-4)
+    assert last["efficiency"] == pytest.approx(4**-0.1)
+    assert "6 runs compared" in text_of(index)
+
+
+def test_a_noise_scale_of_another_task_is_not_used(tmp_path: Path) -> None:
+    run = Simulation(epochs=2, measured=True).run(restart_at=None).write(tmp_path / "run")
+    other = write_bench(tmp_path / "other", bench() | {"model": "resnet50"})
+    same = write_bench(tmp_path / "same", bench())
+    assert summary_of(build_report([other, run]))["scaling"][0]["goodput"] is None
+    assert summary_of(build_report([same, run]))["scaling"][0]["goodput"]["noise_scale"] > 0
+
+
+def planted(**seconds: float) -> Simulation:
+    run = Simulation(epochs=4).run(restart_at=None)
+    usual = {"data": 0.01, "forward": 0.3, "backward": 0.6, "comm_exposed": 0.03}
+    for line in run.metrics:
+        line["seconds"] = {**usual, "optimizer": 0.02, "other": 0.01, **seconds}
+    return run
+
+
+CAUSES = {
+    "data": "Waiting for data takes",
+    "comm_exposed": "Exposed communication takes",
+    "optimizer": "Optimizer step takes",
+}
+
+
+@pytest.mark.parametrize("phase", [None, *CAUSES])
+def test_a_planted_cause_is_named_and_no_other(tmp_path: Path, phase: str | None) -> None:
+    run = planted(**({phase: 1.2} if phase else {}))
+    causes = summary_of(build_report([run.write(tmp_path / "run")]))["causes"]
+    for name, sentence in CAUSES.items():
+        assert any(sentence in cause for cause in causes) == (name == phase)
+    if phase:
+        assert "more than anything else" in causes[0]
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_slow_rank_is_named_and_a_usual_spread_is_not(tmp_path: Path, slow: bool) -> None:
+    run = planted()
+    for place, line in enumerate(run.metrics):
+        rank = 3 if slow or place % 4 == 3 else place % 4
+        line["rank_seconds"] = {
+            "busy_max": 1.6 if slow else 1.02, "busy_median": 1.0, "slowest_rank": rank,
+            "slowest_host": f"Node-{rank}", "phase": "forward",
+        }  # fmt: skip
+    index = build_report([run.write(tmp_path / "run")])
+    named = [c for c in summary_of(index)["causes"] if "is slower than the others" in c]
+    assert len(named) == slow
+    if slow:
+        assert named[0].startswith("Rank 3 on Node-3 is slower")
+        assert "busy 1.6 times as long" in named[0]
+        assert "most of it in forward" in named[0]
+
+
+def test_a_straggler_event_is_enough(tmp_path: Path) -> None:
+    run = planted()
+    run.tell("straggler", rank=2, host="n5", phase="backward", ratio=1.4, updates=30)
+    causes = summary_of(build_report([run.write(tmp_path / "run")]))["causes"]
+    assert causes[0].startswith("Rank 2 on n5 is slower than the others")
+
+
+def test_a_fault_has_its_time_to_training_and_its_cost(tmp_path: Path) -> None:
+    summary = summary_of(build_report([Simulation().run().write(tmp_path / "run")]))
+    (fault,) = summary["runs"][0]["faults"]
+    assert (fault["rank"], fault["host"], fault["updates_repeated"]) == (1, "n2", 7)
+    assert fault["seconds_to_training"] == pytest.approx(12)
+
+
+# ---------------------------------------------------------------- broken benches
+
+
+def without(content: Any, *keys: str) -> Any:
+    return {key: value for key, value in content.items() if key not in keys}
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "partial": (bench() | {"status": "partial"}, "the bench is not complete"),
+    "no points": (bench() | {"points": []}, "no point with a throughput"),
+    "one rank count": (bench(ranks=(2,)), "measured one number of ranks"),
+    "no repeats": (bench(repeats=1), "without repeats, so without interval"),
+    "nulls": (
+        bench() | {"points": [dict.fromkeys(bench()["points"][0]), *bench()["points"][1:]]},
+        "1 point without ranks and throughput",
+    ),
+    "other types": (without(bench(), "mode", "format") | {"points": [1, "x", None]}, "format"),
+    "hostile": (bench() | {"name": "<script>alert(1)</script>"}, "script"),
+}
+
+
+@pytest.mark.parametrize("harm", BROKEN)
+def test_a_broken_bench_gives_a_page_and_a_note(tmp_path: Path, harm: str) -> None:
+    content, note = BROKEN[harm]
+    index = build_report([write_bench(tmp_path / "b", content)])
+    assert note in text_of(index)
+    assert "<script" not in index.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"points": [', b"\xff\xfe"])
+def test_what_is_no_bench_is_refused_in_words(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "bench.json").write_bytes(content)
+    with pytest.raises(RunDirectoryError, match=r"bench\.json"):
+        build_report([tmp_path])
+
+
+def test_markdown_says_the_same_and_escapes(tmp_path: Path) -> None:
+    run = Simulation(epochs=3, name="a|b *c* <d>").run(restart_at=None)
+    index = build_report([run.write(tmp_path / "run")])
+    told = (index.parent / "report.md").read_text(encoding="utf-8")
+    assert "a\\|b \\*c\\* \\<d\\>" in told
+    assert "test accuracy of" in told
+    assert "](training.svg)" in told
+    assert PHASES[0] in (index.parent / "time.csv").read_text(encoding="utf-8")
