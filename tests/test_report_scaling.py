@@ -183,8 +183,11 @@ def test_a_bench_is_answered_drawn_and_traced(tmp_path: Path) -> None:
     rates = [p["images_per_sec"] for p in content["points"]]
     assert f"8 ranks train {rates[-1] / rates[0]:.3g} times as fast as 1 rank" in text
     assert "Exposed communication takes" in text
-    assert "Model not fitted" in text
+    assert "Model not fitted" not in text
     (one,) = summary["scaling"]
+    assert one["model"]["ranks"] == [1, 2, 4, 8, 16, 32]
+    assert one["model"]["measured_up_to"] == 8
+    assert "This is a prediction, not a measurement" in text
     assert [p["images_per_sec"] for p in one["points"]] == rates
     assert [p["source"] for p in one["points"]] == [f"bench.json: points[{i}]" for i in range(4)]
     assert one["points"][3]["efficiency"] == pytest.approx(rates[3] / rates[0] / 8)

@@ -67,7 +67,10 @@ def scaling(measured: list[tuple[Series, Modelled | str]]) -> Figure:
         for place, (one, model) in enumerate(shown):
             colour = series(place)
             _scaling_lines(above, below, one, model, colour, MARKERS[place], alone)
-        wide = _rank_axis(below, [p.ranks for one, _ in shown for p in one.points])
+        counts = [p.ranks for one, _ in shown for p in one.points]
+        for _, model in shown:
+            counts += model.ranks if isinstance(model, Modelled) else []
+        wide = _rank_axis(below, counts)
         if wide:
             _log2(above)  # the ideal is a straight line then, as it is without logarithms
         else:
@@ -83,7 +86,8 @@ def scaling(measured: list[tuple[Series, Modelled | str]]) -> Figure:
         Picture(
             key, title, _scaling_caption(measured), _scaling_words(shown),
             ("series", "ranks", "images/s", "low", "high", "ideal images/s", "speed-up",
-             "efficiency", "efficiency low", "efficiency high", "model images/s"),
+             "efficiency", "efficiency low", "efficiency high", "model images/s",
+             "model low", "model high"),
             [row for one, model in measured for row in _scaling_rows(one, model)],
             draw, HEIGHT + 40 + (17 * math.ceil((len(shown) + 1) / 2)), OPENING,
         )
@@ -102,8 +106,10 @@ def _scaling_lines(
         color=colour, marker=marker, ms=5, capsize=3, lw=1.7, label=name,
         ls="" if isinstance(model, Modelled) else "-",
     )  # fmt: skip
-    ideal = one.first.images_per_sec / one.first.ranks * ranks
-    above.plot(ranks, ideal, color=INK, lw=1, ls=DASHES[2], label="ideal" if alone else None)
+    upto = model.ranks[-1] if isinstance(model, Modelled) else ranks[-1]
+    ends = np.array([ranks[0], upto])
+    ideal = one.first.images_per_sec / one.first.ranks * ends
+    above.plot(ends, ideal, color=INK, lw=1, ls=DASHES[2], label="ideal" if alone else None)
     scaled = one.scaled()
     below.errorbar(
         ranks, [s.efficiency for s in scaled],
@@ -115,6 +121,8 @@ def _scaling_lines(
         above.plot(model.ranks, model.images_per_sec, color=colour, lw=1.4, ls=DASHES[1],
                    label="model" if alone else None)  # fmt: skip
         above.fill_between(model.ranks, model.low, model.high, color=colour, alpha=0.18, lw=0)
+        for axes in (above, below):
+            axes.axvline(model.measured_up_to, color=INK, lw=0.8, ls=DASHES[2], alpha=0.5)
 
 
 def _bars(entries: list[tuple[float | None, float, float | None]]) -> Array:
@@ -128,16 +136,23 @@ def _bars(entries: list[tuple[float | None, float, float | None]]) -> Array:
 
 
 def _scaling_rows(one: Series, model: Modelled | str) -> list[tuple[Any, ...]]:
-    by_model: dict[int, float] = {}
+    by_model: dict[int, tuple[float, float, float]] = {}
     if isinstance(model, Modelled):
-        by_model = dict(zip(model.ranks, model.images_per_sec, strict=True))
+        found = zip(model.images_per_sec, model.low, model.high, strict=True)
+        by_model = dict(zip(model.ranks, found, strict=True))
     alone = one.first.images_per_sec / one.first.ranks
-    return [
+    nothing = (None, None, None)
+    measured = [
         (clean(one.label), s.point.ranks, s.point.images_per_sec, s.point.low, s.point.high,
          alone * s.point.ranks, s.speedup, s.efficiency, s.efficiency_low, s.efficiency_high,
-         by_model.get(s.point.ranks))
+         *by_model.pop(s.point.ranks, nothing))
         for s in one.scaled()
     ]  # fmt: skip
+    further = [
+        (clean(one.label), ranks, *nothing, alone * ranks, *nothing, None, *predicted)
+        for ranks, predicted in by_model.items()
+    ]
+    return [*measured, *further]
 
 
 def _scaling_caption(measured: list[tuple[Series, Modelled | str]]) -> str:
@@ -150,7 +165,8 @@ def _scaling_caption(measured: list[tuple[Series, Modelled | str]]) -> str:
     )
     dotted = f"Dotted: ideal, from {count(first.first.ranks)} rank{'s' * (first.first.ranks > 1)}."
     fitted = (
-        " Dashed: the model, with its band."
+        " Dashed: the model, with its band; beyond the upright line, at "
+        f"{count(model.measured_up_to)} ranks, nothing was measured."
         if isinstance(model, Modelled)
         else f" Model not fitted: {model}."
     )
