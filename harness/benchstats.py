@@ -12,13 +12,12 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from math import fsum
 
 from harness.benchfile import Point, Repeat
+from harness.student import CONFIDENCE, mean_interval
 
-CONFIDENCE = 0.95
 LEAST_STEADY = 10
 """Windows that must follow the warm-up for a repeat to be enough."""
 _PATIENCE = 4.0  # times the seconds that were asked for: then a repeat that never settles is over
@@ -103,52 +102,6 @@ class Enough:
             return True
         self._next = spent + max(self._seconds - steady, 0.1 * self._seconds)
         return len(windows) >= 2 * LEAST_STEADY and spent >= _PATIENCE * self._seconds
-
-
-def mean_interval(
-    values: Sequence[float], confidence: float = CONFIDENCE
-) -> tuple[float, float | None, float | None]:
-    """(mean, low, high) of a mean's two-sided Student's t interval; None with one value."""
-    mean = fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, None, None
-    variance = fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    half = t_quantile((1 + confidence) / 2, len(values) - 1) * math.sqrt(variance / len(values))
-    return mean, mean - half, mean + half
-
-
-@cache
-def t_quantile(probability: float, freedom: int) -> float:
-    """Where Student's t distribution with so many degrees of freedom (1 or more) has this much to
-    the left of it; ``probability`` from 0.5 up to, not including, 1."""
-    low, high = 0.0, 1.0
-    while _t_cdf(high, freedom) < probability:
-        low, high = high, 2 * high
-    for _ in range(200):
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        if _t_cdf(middle, freedom) < probability:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-def _t_cdf(t: float, freedom: int) -> float:
-    """For t of 0 or more (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    theta = math.atan2(t, math.sqrt(freedom))
-    cosine2 = math.cos(theta) ** 2
-    odd = freedom % 2
-    term = total = 0.0
-    if freedom > 1:
-        term = total = math.cos(theta) if odd else 1.0
-        for k in range(3 if odd else 2, freedom - 1, 2):
-            term *= cosine2 * (k - 1) / k
-            total += term
-    within = total * math.sin(theta)
-    within = 2 / math.pi * (theta + within) if odd else within
-    return (1 + within) / 2
 
 
 def point_of(

@@ -14,9 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-PHASES = ("data", "to_device", "forward", "backward", "comm_exposed", "optimizer", "other")
-"""``data``: waiting for samples, and making them (augmentation); ``to_device``: handing them to the
-GPU; ``comm_exposed``: waiting for the other ranks; ``other``: what the rest of the loop takes."""
+from harness.records import PHASES
 
 _HELD = 1024
 """Events that wait to be resolved before those that are complete are."""

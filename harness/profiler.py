@@ -13,7 +13,8 @@ import torch
 
 from harness.comm.base import Communicator, allreduce
 from harness.counters import Counters, memory_peak
-from harness.phases import PHASES, DeviceClock, HostClock
+from harness.phases import DeviceClock, HostClock
+from harness.records import PHASES
 from harness.schema import Profile
 from harness.spread import RankTime, Stragglers, slowest
 from harness.tracing import Tracer

@@ -39,6 +39,10 @@ Record = dict[str, Any]
 # Events that belong to the trajectory: a resumed run writes them again, so those past the
 # checkpoint are cut. All others (start, restart, fault, stop) tell what happened to the processes
 # and stay.
+PHASES = ("data", "to_device", "forward", "backward", "comm_exposed", "optimizer", "other")
+"""The keys of ``seconds`` in metrics.jsonl. ``data``: waiting for samples, and making them
+(augmentation); ``to_device``: handing them to the GPU; ``comm_exposed``: waiting for the other
+ranks; ``other``: what the rest of the loop takes."""
 TRAJECTORY_EVENTS = frozenset(
     {
         "stage",

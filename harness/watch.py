@@ -26,7 +26,7 @@ from rich.text import Text
 from harness.errors import RunDirectoryError, UsageError
 from harness.follow import Follower
 from harness.progress import shown_duration
-from harness.records import Record, RunDirectory
+from harness.records import PHASES, Record, RunDirectory
 from harness.standing import (
     OF_PROCESSES,
     RunStatus,
@@ -56,7 +56,6 @@ _RESCAN = 10.0
 """Seconds between looks for new runs in a directory of several."""
 _WIDTH = 200
 """Columns where no terminal sets them."""
-_PHASES = ("data", "forward", "backward", "comm_exposed", "optimizer", "other")
 _TOLD = frozenset(
     {*OF_PROCESSES, "stage", "merged_segment", "not_grown", "regroup", "skipped_update"}
     | {"corrupt_image", "checkpoint_rejected", "warning"}
@@ -367,8 +366,10 @@ class Watched:
                 spent[phase] += max(0.0, _number(value) or 0.0)  # type: ignore[assignment]
         total = sum(spent.values())
         if total > 0:
-            names = [*_PHASES, *sorted(set(spent) - set(_PHASES))]
-            shares = [f"{one_line(name)} {spent[name] / total:.0%}" for name in names]
+            names = [*PHASES, *sorted(set(spent) - set(PHASES))]
+            shares = [
+                f"{one_line(name)} {spent[name] / total:.0%}" for name in names if spent[name]
+            ]
             yield f"time      {', '.join(shares)}"
 
     def _stragglers(self) -> Iterator[str]:
@@ -486,7 +487,7 @@ def sparkline(curve: Sequence[tuple[float, float]], width: int = _SPARKS) -> str
     first, last = min(place for place, _ in curve), max(place for place, _ in curve)
     bins: list[list[float]] = [[] for _ in range(width)]
     for place, value in curve:
-        where = (place - first) / (last - first) if last > first else 1.0
+        where = (place - first) / (last - first) if last > first else 0.0
         bins[min(int(where * width), width - 1)].append(value)
     means: list[float] = []
     for values in bins:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from harness.phases import PHASES
+from harness.records import PHASES
 
 
 @dataclass

@@ -19,6 +19,7 @@ ABOVE_THE_LINE = (
     "harness.errors",
     "harness.units",
     "harness.wording",
+    "harness.student",
     "harness.yamlfile",
     "harness.optimizer_table",
     "harness.dataset_table",
@@ -139,7 +140,7 @@ TAKES_NUMPY = (
     "harness.alphabeta",
     "harness.probe_verdict",
 )
-LOADS_SCIPY = ("harness.scaling",)  # in functions, when there is something to fit
+LOADS_SCIPY = ("harness.student", "harness.scaling")  # in functions, when there is something to fit
 
 
 @dataclass(frozen=True)

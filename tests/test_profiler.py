@@ -22,8 +22,9 @@ from harness import phases
 from harness.comm import SoloCommunicator
 from harness.counters import Counters, memory_peak
 from harness.data.datasets import to_device
-from harness.phases import PHASES, DeviceClock, HostClock, copies_marked
+from harness.phases import DeviceClock, HostClock, copies_marked
 from harness.profiler import Profiler
+from harness.records import PHASES
 from harness.schema import Profile
 from harness.spread import SLOW, RankTime, Slowest, Stragglers, lines_needed, slowest
 from harness.trainer import Trainer

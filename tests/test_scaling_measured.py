@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from harness.errors import UsageError
-from harness.scaling.interval import Interval, LogMean, Spread, of_draws, pooled, student_quantile
+from harness.scaling.interval import Interval, LogMean, Spread, of_draws, pooled
 from harness.scaling.points import Mode, Point, points_of_runs
 from harness.scaling.speedup import serial_fraction, speedups
 from harness.schedule.costs import read_throughput
+from harness.student import student_quantile
 
 MODES: tuple[Mode, ...] = ("weak", "strong")
 times = st.floats(1e-4, 1e4)

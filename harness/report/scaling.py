@@ -18,8 +18,8 @@ from harness.report.columns import Array
 from harness.report.fields import clean, count, words
 from harness.report.runs import Run
 from harness.report.summary import describe, quantile_of
+from harness.student import CONFIDENCE, mean_interval
 
-CONFIDENCE = 0.95
 HALF = 0.5
 """A rank is worth its cost while it buys at least this share of what one rank alone does."""
 
@@ -243,17 +243,12 @@ def _together(points: list[Point]) -> Point:
     rates = tuple(point.images_per_sec for point in points)
     if len(points) == 1:
         return points[0]
-    from scipy.special import stdtrit
-
-    mean = sum(rates) / len(rates)
-    deviation = math.sqrt(sum((rate - mean) ** 2 for rate in rates) / (len(rates) - 1))
-    quantile = float(stdtrit(len(rates) - 1, (1 + CONFIDENCE) / 2))
-    half = quantile * deviation / math.sqrt(len(rates))
+    mean, low, high = mean_interval(rates)
     return replace(
         points[0],
         images_per_sec=mean,
-        low=max(mean - half, 0.0),
-        high=mean + half,
+        low=None if low is None else max(low, 0.0),
+        high=high,
         confidence=CONFIDENCE,
         repeats=rates,
         source="mean of " + "; ".join(point.source for point in points),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.records import Record
+from harness.records import PHASES, Record
 from harness.report.columns import COUNTS, GROUPS, TEXTS, Columns, plain
 from harness.report.csvtext import to_csv
 from harness.report.fields import (
@@ -44,7 +44,6 @@ METRICS_COLUMNS = (
 )
 Places = NDArray[np.intp]
 _NOWHERE: Places = np.zeros(0, dtype=np.intp)
-PHASES = ("data", "forward", "backward", "comm_exposed", "optimizer", "other")
 
 
 @dataclass(frozen=True)

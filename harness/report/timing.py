@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from harness.records import PHASES
 from harness.report.fields import clean, count, general, percent, sentence
 from harness.report.runs import Run
 from harness.report.scaling import Point, per_update, phase_table, updates_of_windows
 
-ORDER = ("data", "to_device", "forward", "backward", "comm_exposed", "optimizer", "other")
 PHASE_NAMES = {
     "data": "waiting for data",
     "to_device": "copying to the device",
@@ -100,7 +100,9 @@ class Finding:
 
 def order(names: Iterable[str]) -> list[str]:
     """Phases in the order of an update; those that are not known here come last."""
-    return sorted(dict.fromkeys(names), key=lambda n: ORDER.index(n) if n in ORDER else len(ORDER))
+    return sorted(
+        dict.fromkeys(names), key=lambda n: PHASES.index(n) if n in PHASES else len(PHASES)
+    )
 
 
 def phase_name(phase: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.errors import UsageError
+from harness.student import student_quantile
 
 Array = npt.NDArray[np.float64]
 
@@ -61,13 +62,6 @@ def of_draws(value: float, draws: Array, confidence: float) -> Interval:
     tail = (1 - confidence) / 2
     low, high = (float(end) for end in np.quantile(finite, [tail, 1 - tail]))
     return Interval(value, min(low, value), max(high, value))
-
-
-def student_quantile(dof: float, confidence: float) -> float:
-    """The t of a two-sided interval."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(dof, (1 + confidence) / 2))
 
 
 @dataclass(frozen=True)

@@ -348,7 +348,7 @@ def test_without_a_slot_to_grow_to_accumulation_goes_on(undisturbed: Path, place
     assert_same_training(place / "run", undisturbed)
     assert worlds(place / "run") == [1]
     told = events(place / "run", "not_grown")
-    assert told[0]["reason"] == "stage 1 wants 2 ranks, but there are slots for 1 only"
+    assert told[0]["reason"] == "stage 1 wants 2 ranks, but there are slots for 1 rank only"
     assert [event["ranks_wanted"] for event in told] == [2, 2]
 
 

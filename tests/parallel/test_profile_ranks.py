@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from jobs import assert_same_run, events, harness, lines, run_arguments
 
-from harness.phases import PHASES
+from harness.records import PHASES
 
 pytestmark = [pytest.mark.slow, pytest.mark.parallel(2)]
 
