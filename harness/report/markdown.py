@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from harness.report import sections
 from harness.report.fields import clean, count, duration, general, percent, scrub
-from harness.report.timing import order, phase_name
+from harness.report.timing import phase_name, phases_of
 
 if TYPE_CHECKING:
     from harness.report.build import Report
@@ -104,7 +104,7 @@ def _scaling(report: Report) -> str:
 
 
 def _time(report: Report) -> str:
-    phases = order(name for timing in report.timings for name in timing.seconds)
+    phases = phases_of(report.timings)
     rows = [
         (
             timing.label,

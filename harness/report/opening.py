@@ -21,7 +21,7 @@ from harness.report.runs import Run
 from harness.report.scaling import Series
 from harness.report.scaling_view import Modelled
 from harness.report.svg import DASHES, INK, PAPER, Figure, Picture, render, series
-from harness.report.timing import Timing, order, phase_name
+from harness.report.timing import Timing, order, phase_name, phases_of
 
 LINES = 6  # of a figure; the tables have the others
 BARS = 12
@@ -264,7 +264,7 @@ def where_time_goes(timings: list[Timing]) -> Figure:
     if not timings:
         return Figure(key, title, "No time by phase has been recorded.", section=OPENING)
     shown = timings[:BARS]
-    phases = order(name for timing in shown for name in timing.seconds)
+    phases = phases_of(shown)
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.add_subplot()
@@ -329,7 +329,7 @@ def over_the_run(run: Run) -> Figure:
     sums = np.add.reduceat(table, edges[:-1], axis=0)
     ends = seen[edges[1:] - 1]
     shares = sums / np.maximum(sums.sum(axis=1, keepdims=True), 1e-300)
-    phases = order(names)
+    phases = order(name for name, spent in zip(names, table.sum(axis=0), strict=True) if spent)
     columns = {name: shares[:, names.index(name)] for name in phases}
 
     def draw(canvas: Canvas) -> None:

@@ -98,6 +98,11 @@ class Finding:
     text: str
 
 
+def phases_of(timings: Iterable[Timing]) -> list[str]:
+    """The phases that any of them spends time in; a CPU copies nothing to a device."""
+    return order(name for timing in timings for name, spent in timing.seconds.items() if spent)
+
+
 def order(names: Iterable[str]) -> list[str]:
     """Phases in the order of an update; those that are not known here come last."""
     return sorted(
