@@ -96,7 +96,8 @@ def test_throughput_is_that_of_an_independent_stopwatch(tmp_path: Path) -> None:
     assert 0.95 * wall < total < wall + 0.01  # between the last update and the event it is saved
     # The updates were those of a run.
     assert [line["global_batch"] for line in lines(run / "metrics.jsonl")] == [64] * len(rows)
-    assert {e["kind"] for e in told} <= {"start", "stage", "checkpoint", "stop", "warning"}
+    expected = {"start", "stage", "checkpoint", "stop", "warning", "straggler"}
+    assert {e["kind"] for e in told} <= expected
     assert not (run / "checkpoints").exists()
 
 
