@@ -11,7 +11,6 @@ clock rates as they do in training.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from harness.config import load_config
 from harness.data.datasets import Batch, ImageData
 from harness.data.shared import load_shared
 from harness.forward import ForwardPass
-from harness.last_words import leave_last_words
+from harness.last_words import leave_at_once, leave_last_words
 from harness.models import build_model
 from harness.records import write_json
 from harness.schema import Config
@@ -142,15 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AllLeave as leave:
         if leave.mine is not None:
             leave_last_words(leave.mine, environment.launched_rank())
-        code = leave.exit_code
+        leave_at_once(leave.exit_code)
     except Exception as error:
-        code = leave_last_words(error, environment.launched_rank())
-    else:
-        return 0
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # The other ranks may wait in a collective: an orderly shutdown would wait for them.
-    os._exit(code)
+        leave_at_once(leave_last_words(error, environment.launched_rank()))
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
+from typing import NoReturn
 
 from harness import environment
 from harness.comm.together import exit_code_of
@@ -38,3 +40,11 @@ def leave_last_words(error: Exception, rank: int) -> int:
     except OSError:  # the disk that is full is this one too
         print(f"harness: rank {rank} on {environment.host()}: {message}", file=sys.stderr)
     return code
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """End this process. The other ranks may wait in a collective, and an orderly shutdown would
+    wait for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -17,7 +17,6 @@ import argparse
 import io
 import itertools
 import math
-import os
 import random
 import sys
 import time
@@ -34,7 +33,7 @@ from harness.buckets import Bucket
 from harness.comm import Communicator, allreduce, mpi, open_communicator
 from harness.compression import build_codec
 from harness.errors import HarnessError, LaunchError, StoppedEarly
-from harness.last_words import leave_last_words
+from harness.last_words import leave_at_once, leave_last_words
 from harness.probe_results import (
     GLOO,
     HOROVOD,
@@ -405,15 +404,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         Probe(RunDirectory(options.directory), sizes, options.seconds).run()
     except StoppedEarly as stopped:
-        code = stopped.exit_code
+        leave_at_once(stopped.exit_code)
     except Exception as error:
-        code = leave_last_words(error, environment.launched_rank())
-    else:
-        return 0
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # The other ranks may wait in a collective: an orderly shutdown would wait for them.
-    os._exit(code)
+        leave_at_once(leave_last_words(error, environment.launched_rank()))
+    return 0
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from harness.elastic import LeftOut, Membership, Regroup
 from harness.errors import PeerLost, RunDirectoryError, StoppedEarly
 from harness.evaluate import Evaluation
 from harness.journal import Journal
-from harness.last_words import leave_last_words
+from harness.last_words import leave_at_once, leave_last_words
 from harness.memory import keep_freed_memory
 from harness.models import build_model
 from harness.progress import Display, Relay, Silent, local_display
@@ -118,11 +118,8 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: Path, resume: bo
         if comm is not None:
             comm.close()
         return 0
-    sys.stdout.flush()
-    sys.stderr.flush()
     if comm is not None and comm.size > 1:
-        # The other ranks may wait in a collective: an orderly shutdown would wait for them.
-        os._exit(code)
+        leave_at_once(code)
     return code
 
 
