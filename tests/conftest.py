@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -22,6 +23,9 @@ def pytest_configure(config: pytest.Config) -> None:
     value = os.environ.get(REQUIRE, "")
     if value not in ("", "all"):
         raise pytest.UsageError(f"{REQUIRE}={value} is not known; valid: all, or unset")
+    # A shell that starts the tests behind itself has them ignore Ctrl-C, as would all they start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
