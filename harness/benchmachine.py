@@ -29,7 +29,7 @@ from harness.data.datasets import Batch, ImageData
 from harness.data.shared import load_shared
 from harness.forward import ForwardPass
 from harness.last_words import leave_at_once, leave_last_words
-from harness.models import build_model
+from harness.models import configured_model
 from harness.records import write_json
 from harness.schema import Config
 from harness.wording import counted
@@ -44,15 +44,7 @@ _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def count_model(config: Config, data: ImageData) -> dict[str, Any]:
     """Parameters, and FLOPs of forward and backward for an image; None with the reason if torch
     cannot count those."""
-    settings = config.model
-    model = build_model(
-        settings.name,
-        data.num_classes,
-        data.shape,
-        config.seed,
-        settings.options,
-        settings.zero_gamma,
-    )
+    model = configured_model(config, data.num_classes, data.shape)
     counted: dict[str, Any] = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "flops_per_image": None,

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from harness.benchfile import WINDOWS, Repeat
 from harness.benchstats import Warmup, find_warmup
@@ -91,15 +88,6 @@ def bytes_per_update(windows: Sequence[Window]) -> int | None:
     """Median of the payload that a rank hands to the allreduce in an update."""
     sent = [w.bytes_sent / w.updates for w in windows if w.bytes_sent is not None]
     return round(median(sent)) if sent else None
-
-
-def read_provenance(run: RunDirectory) -> dict[str, Any]:
-    """Where a run's numbers come from; empty if that cannot be read."""
-    with suppress(OSError, ValueError):
-        found = json.loads(run.provenance.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-    return {}
 
 
 # windows.csv

@@ -9,9 +9,16 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from harness.errors import HarnessError, UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 _OVERRIDES = "settings laid over the file, such as batch.initial=128"
 
@@ -83,13 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="start the ranks, train, report")
     _add_config(run)
     run.add_argument("--ranks", type=int, metavar="N", help="ranks from start to end")
-    run.add_argument("--hosts", metavar="A:2,B:2", help="hosts and their slots; default: this one")
-    run.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts as MPI has them")
-    run.add_argument(
-        "--launcher",
-        choices=("horovodrun", "mpirun", "srun", "local"),
-        help="what starts the ranks; default: srun in a Slurm job, else horovodrun",
-    )
+    _add_hosts(run)
     run.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/NAME-TIME")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     run.add_argument(
@@ -197,10 +198,16 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     bench.add_argument("--repeats", type=int, metavar="N", default=3, help="of a point; default: 3")
     bench.add_argument(
-        "--micro", type=_counts, metavar="16,32", default=(), help="micro-batches, for a grid"
+        "--micro",
+        dest="micros",
+        type=_counts,
+        metavar="16,32",
+        default=(),
+        help="micro-batches, for a grid",
     )
     bench.add_argument(
         "--accumulation",
+        dest="accumulations",
         type=_counts,
         metavar="1,2",
         default=(),
@@ -223,15 +230,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     bench.add_argument(
         "--peak", type=float, metavar="FLOPS", help="a rank's peak FLOP/s; default: measured"
     )
-    bench.add_argument(
-        "--hosts", metavar="A:2,B:2", help="hosts and their slots; default: this one"
-    )
-    bench.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts as MPI has them")
-    bench.add_argument(
-        "--launcher",
-        choices=("horovodrun", "mpirun", "srun", "local"),
-        help="what starts the ranks; default: srun in a Slurm job, else horovodrun",
-    )
+    _add_hosts(bench)
     bench.add_argument(
         "-o", "--out", type=Path, metavar="DIR", help="default: runs/bench-NAME-TIME"
     )
@@ -250,15 +249,7 @@ def _counts(text: str) -> tuple[int, ...]:
 def _add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     probe = commands.add_parser("probe", help="latency and bandwidth of the collectives")
     probe.add_argument("--ranks", type=int, metavar="N", help="default: one for each slot")
-    probe.add_argument(
-        "--hosts", metavar="A:2,B:2", help="hosts and their slots; default: this one"
-    )
-    probe.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts as MPI has them")
-    probe.add_argument(
-        "--launcher",
-        choices=("horovodrun", "mpirun", "srun"),
-        help="what starts the ranks; default: srun in a Slurm job, else horovodrun",
-    )
+    _add_hosts(probe, ("horovodrun", "mpirun", "srun"))
     probe.add_argument(
         "--max-mb", type=int, metavar="MIB", default=64, help="the largest message (default: 64)"
     )
@@ -270,6 +261,7 @@ def _add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     probe.add_argument(
         "--gradient-mb",
+        dest="gradients_mb",
         type=float,
         action="append",
         default=[],
@@ -282,8 +274,23 @@ def _add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     probe.set_defaults(run=_probe)
 
 
+def _add_hosts(
+    parser: argparse.ArgumentParser,
+    launchers: Sequence[str] = ("horovodrun", "mpirun", "srun", "local"),
+) -> None:
+    parser.add_argument(
+        "--hosts", metavar="A:2,B:2", help="hosts and their slots; default: this one"
+    )
+    parser.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts as MPI has them")
+    parser.add_argument(
+        "--launcher",
+        choices=launchers,
+        help="what starts the ranks; default: srun in a Slurm job, else horovodrun",
+    )
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("config_path", type=Path, metavar="CONFIG", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=_OVERRIDES)
 
 
@@ -295,7 +302,7 @@ def _plan(options: argparse.Namespace) -> int:
     from harness.data_sizes import train_size
     from harness.schedule.plan import build_plan
 
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config_path, options.overrides)
     plan = build_plan(config, train_size(config.data))
     costs = None
     if options.throughput is not None:
@@ -318,71 +325,33 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _request(kind: type[T], options: argparse.Namespace) -> T:
+    """What a command was asked for: each field is the option of its name."""
+    given = {field.name: getattr(options, field.name) for field in fields(kind)}
+    return kind(**{n: tuple(v) if isinstance(v, list) else v for n, v in given.items()})
+
+
 def _run(options: argparse.Namespace) -> int:
     from harness.progress import Unbreakable
     from launch.supervise import RunRequest, run
 
-    request = RunRequest(
-        config_path=options.config,
-        overrides=tuple(options.overrides),
-        ranks=options.ranks,
-        hosts=options.hosts,
-        hostfile=options.hostfile,
-        launcher=options.launcher,
-        run_dir=options.run_dir,
-        resume=options.resume,
-        go_on=options.go_on,
-        max_restarts=options.max_restarts,
-        dry_run=options.dry_run,
-    )
     with redirect_stdout(Unbreakable(sys.stdout)):
-        return run(request)
+        return run(_request(RunRequest, options))
 
 
 def _submit(options: argparse.Namespace) -> int:
     from launch.graph import SubmitRequest
     from launch.submit import submit
 
-    return submit(
-        SubmitRequest(
-            config_path=options.config,
-            overrides=tuple(options.overrides),
-            sbatch=tuple(options.sbatch),
-            run_dir=options.run_dir,
-            ranks=options.ranks,
-            nodes=options.nodes,
-            sweep=tuple(options.sweep),
-            limit=options.limit,
-            probe=options.probe,
-            dry_run=options.dry_run,
-            resume=options.resume,
-        )
-    )
+    return submit(_request(SubmitRequest, options))
 
 
 def _bench(options: argparse.Namespace) -> int:
     from harness.progress import Unbreakable
     from launch.bench import BenchRequest, bench
 
-    request = BenchRequest(
-        config_path=options.config,
-        ranks=options.ranks,
-        overrides=tuple(options.overrides),
-        mode=options.mode,
-        repeats=options.repeats,
-        micros=options.micro,
-        accumulations=options.accumulation,
-        batches=options.batches,
-        seconds=options.seconds,
-        peak=options.peak,
-        hosts=options.hosts,
-        hostfile=options.hostfile,
-        launcher=options.launcher,
-        out=options.out,
-        dry_run=options.dry_run,
-    )
     with redirect_stdout(Unbreakable(sys.stdout)):
-        return bench(request)
+        return bench(_request(BenchRequest, options))
 
 
 def _probe(options: argparse.Namespace) -> int:
@@ -392,19 +361,8 @@ def _probe(options: argparse.Namespace) -> int:
         names = ("ranks", "hosts", "hostfile", "launcher", "out")
         if given := [f"--{name}" for name in names if getattr(options, name) is not None]:
             raise UsageError(f"--read measures nothing; leave out {', '.join(given)}")
-        return read(options.read, options.gradient_mb)
-    return probe(
-        ProbeRequest(
-            ranks=options.ranks,
-            hosts=options.hosts,
-            hostfile=options.hostfile,
-            launcher=options.launcher,
-            max_mb=options.max_mb,
-            seconds=options.seconds,
-            out=options.out,
-            gradients_mb=tuple(options.gradient_mb),
-        )
-    )
+        return read(options.read, options.gradients_mb)
+    return probe(_request(ProbeRequest, options))
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -423,7 +381,7 @@ def _watch(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from harness.worker import train
 
-    return train(options.config, options.overrides, options.run_dir, options.resume)
+    return train(options.config_path, options.overrides, options.run_dir, options.resume)
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,13 +36,13 @@ from harness.errors import RunDirectoryError
 
 Record = dict[str, Any]
 
-# Events that belong to the trajectory: a resumed run writes them again, so those past the
-# checkpoint are cut. All others (start, restart, fault, stop) tell what happened to the processes
-# and stay.
 PHASES = ("data", "to_device", "forward", "backward", "comm_exposed", "optimizer", "other")
 """The keys of ``seconds`` in metrics.jsonl. ``data``: waiting for samples, and making them
 (augmentation); ``to_device``: handing them to the GPU; ``comm_exposed``: waiting for the other
 ranks; ``other``: what the rest of the loop takes."""
+# Events that belong to the trajectory: a resumed run writes them again, so those past the
+# checkpoint are cut. All others (start, restart, fault, stop) tell what happened to the processes
+# and stay.
 TRAJECTORY_EVENTS = frozenset(
     {
         "stage",
@@ -387,6 +387,18 @@ def _keep_lines(path: Path, count: int) -> int:
     return kept
 
 
+@contextmanager
+def creating(path: Path, instead: str) -> Iterator[None]:
+    """Around what makes a directory: raises RunDirectoryError where that fails; ``instead``: what
+    to choose another of."""
+    try:
+        yield
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{path} cannot be created: {error.strerror}; choose another {instead}"
+        ) from None
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace a file in one step: readers see the old bytes or the new ones, also after a crash."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -466,6 +478,11 @@ def _read_object(path: Path, parse: Callable[[str], Any], problems: list[str]) -
             return value
         problems.append(f"{path.name} is not a mapping")
     return None
+
+
+def read_object(path: Path) -> Record | None:
+    """The JSON object in a file; None if it holds none or cannot be read."""
+    return _read_object(path, json.loads, [])
 
 
 def _read_lines(path: Path, problems: list[str]) -> list[Record]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import ConfigError
+from harness.lenient import number, pick
 from harness.records import Record, RunDirectory, last_records, read_jsonl
 
 DIRECTORY = "tensorboard"
@@ -194,10 +195,6 @@ def _since(path: Path, samples: int) -> Iterator[Record]:
 
 def _pick(record: Record, *keys: str) -> float | None:
     """A finite number under nested keys, else None."""
-    value: Any = record
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    # Also false for NaN. float32, in which a simple value is held, ends at 3.4e38.
-    return float(value) if abs(value) < 3e38 else None
+    value = number(pick(record, *keys))
+    # float32, in which a simple value is held, ends at 3.4e38.
+    return float(value) if value is not None and abs(value) < 3e38 else None

@@ -6,7 +6,6 @@ can be seen, and several can watch the same run.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import sys
@@ -16,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -25,8 +23,9 @@ from rich.text import Text
 
 from harness.errors import RunDirectoryError, UsageError
 from harness.follow import Follower
+from harness.lenient import number, pick
 from harness.progress import shown_duration
-from harness.records import PHASES, Record, RunDirectory
+from harness.records import PHASES, Record, RunDirectory, read_object
 from harness.standing import (
     OF_PROCESSES,
     RunStatus,
@@ -193,13 +192,13 @@ class Told:
                 self.count += 1
             if kind == "evaluation":
                 _note(self.accuracy, event, "accuracy")
-                accuracy = _number(event.get("accuracy"))
+                accuracy = number(event.get("accuracy"))
                 if accuracy is not None:
                     self.best = accuracy if self.best is None else max(self.best, accuracy)
 
 
 def _note(curve: list[tuple[float, float]], record: Record, name: str) -> None:
-    samples, value = _number(record.get("samples_seen")), _number(record.get(name))
+    samples, value = number(record.get("samples_seen")), number(record.get(name))
     if samples is not None and value is not None:
         curve.append((samples, value))
     if len(curve) > _CURVE:
@@ -235,7 +234,7 @@ class Watched:
             self._told = Told()
         self._told.add(events)
         if self._plan is None:
-            self._plan = _read_plan(self._plan_path)
+            self._plan = read_object(self._plan_path)
         told = self._told
         known = [*told.processes, *([told.checkpoint] if told.checkpoint else [])]
         self.status = standing(_sound(self._seen.last), known, self._plan)
@@ -314,7 +313,7 @@ class Watched:
         )
 
     def _brief(self) -> str:
-        loss = _number(self._seen.last.get("loss"))
+        loss = number(self._seen.last.get("loss"))
         parts = [*progress_lines(self.status)]
         parts += [] if loss is None else [f"loss {loss:.4f}"]
         parts += [] if self.eta is None else [f"ETA {shown_duration(self.eta)}"]
@@ -363,7 +362,7 @@ class Watched:
         for line in self._seen.recent:
             seconds = line.get("seconds")
             for phase, value in (seconds if isinstance(seconds, dict) else {}).items():
-                spent[phase] += max(0.0, _number(value) or 0.0)  # type: ignore[assignment]
+                spent[phase] += max(0.0, number(value) or 0.0)  # type: ignore[assignment]
         total = sum(spent.values())
         if total > 0:
             names = [*PHASES, *sorted(set(spent) - set(PHASES))]
@@ -390,7 +389,7 @@ class Watched:
 
     def _resources(self) -> Iterator[str]:
         parts = []
-        peak = _number(self._seen.last.get("memory_peak_bytes"))
+        peak = number(self._seen.last.get("memory_peak_bytes"))
         if peak is not None:
             parts.append(f"peak {peak / 2**30:.2f} GiB")
         counters = self._seen.last.get("counters")
@@ -400,7 +399,7 @@ class Watched:
             ("gpu_percent", "% GPU", 1.0),
             ("gpu_memory_bytes", "GiB on the GPU", 2.0**30),
         ):
-            value = _number(counters.get(name))
+            value = number(counters.get(name))
             if value is not None:
                 parts.append(f"{value / factor:.3g} {unit}")
         if parts:
@@ -535,29 +534,11 @@ def _event_line(event: Record) -> str:
     return " ".join(parts) + (f": {', '.join(about)}" if about else "")
 
 
-def _read_plan(path: Path) -> Record | None:
-    try:
-        plan = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return plan if isinstance(plan, dict) else None
-
-
 def _planned(plan: Record | None) -> float | None:
     """Samples of the whole run, if they are known beforehand."""
-    totals: list[Any] = []
-    for part in (plan, (plan or {}).get("fastest")):
-        inner = part.get("totals") if isinstance(part, dict) else None
-        totals.append(inner.get("samples") if isinstance(inner, dict) else None)
+    totals = [pick(part, "totals", "samples") for part in (plan, pick(plan, "fastest"))]
     # A run of a number of updates whose batches training decides has bounds only.
-    return _number(totals[0]) if totals[1] in (None, totals[0]) else None
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if abs(value) < 1e100 else None
+    return number(totals[0]) if totals[1] in (None, totals[0]) else None
 
 
 def _sound(line: Record) -> Record:
@@ -565,24 +546,24 @@ def _sound(line: Record) -> Record:
     return {
         name: value
         for name, value in line.items()
-        if not isinstance(value, int | float) or _number(value) is not None
+        if not isinstance(value, int | float) or number(value) is not None
     }
 
 
 def _speed(line: Record) -> float | None:
-    return _number(line.get("images_per_sec"))
+    return number(line.get("images_per_sec"))
 
 
 def _spent(line: Record) -> float:
     """Seconds of a line's updates."""
     seconds = line.get("seconds")
     values = seconds.values() if isinstance(seconds, dict) else ()
-    return sum(max(0.0, _number(value) or 0.0) for value in values)
+    return sum(max(0.0, number(value) or 0.0) for value in values)
 
 
 def _tells_ranks(line: Record) -> bool:
     ranks = line.get("rank_seconds")
     if not isinstance(ranks, dict) or not isinstance(ranks.get("slowest_rank"), int):
         return False
-    low, high = _number(ranks.get("busy_median")), _number(ranks.get("busy_max"))
+    low, high = number(ranks.get("busy_median")), number(ranks.get("busy_max"))
     return low is not None and high is not None and low > 0

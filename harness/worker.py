@@ -30,7 +30,7 @@ from harness.evaluate import Evaluation
 from harness.journal import Journal
 from harness.last_words import leave_at_once, leave_last_words
 from harness.memory import keep_freed_memory
-from harness.models import build_model
+from harness.models import configured_model
 from harness.progress import Display, Relay, Silent, local_display
 from harness.provenance import collect
 from harness.records import (
@@ -198,15 +198,7 @@ def _run(
 
 def _model(config: Config, data: ImageData, comm: Communicator) -> nn.Module:
     """The model on its device, as it is to be computed."""
-    settings = config.model
-    model = build_model(
-        settings.name,
-        data.num_classes,
-        data.shape,
-        config.seed,
-        settings.options,
-        settings.zero_gamma,
-    )
+    model = configured_model(config, data.num_classes, data.shape)
     model.to(comm.device)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -31,7 +29,6 @@ from harness.benchruns import (
     bytes_per_update,
     keep_windows,
     measured,
-    read_provenance,
     read_windows,
 )
 from harness.benchseries import Series, Shape, Wanted, overrides, series, shuffled
@@ -48,17 +45,15 @@ from harness.errors import (
     UsageError,
 )
 from harness.progress import Status
-from harness.records import RunDirectory, RunLock, write_atomic
+from harness.records import RunDirectory, RunLock, creating, read_object, write_atomic
 from harness.schedule.plan import build_plan
 from harness.schema import Config
-from harness.wording import counted
-from launch import detect
+from harness.wording import counted, plain_name
 from launch.assemble import Job, Launcher, build_spec, choose_launcher, command_line, find_hosts
-from launch.deaths import rank_tag
 from launch.execute import Stopper, execute
 from launch.hosts import check_slots, fill
 from launch.outcome import Outcome, judge
-from launch.preflight import Needs, check_hosts, over_ssh, told
+from launch.preflight import Needs, check_reachable, mpi_daemon
 from launch.spec import Host
 
 _LONGEST = 86400.0
@@ -197,8 +192,7 @@ def _threads(config: Config, placed: Sequence[Host]) -> int:
 
 
 def _fresh(config: Config) -> Path:
-    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in config.name).strip("-.")
-    return Path("runs") / f"bench-{name or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
+    return Path("runs") / f"bench-{plain_name(config.name)}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _earlier(task: Task, directory: Path) -> Bench | None:
@@ -232,25 +226,16 @@ def _earlier(task: Task, directory: Path) -> Bench | None:
 def _create(directory: Path) -> bool:
     """Make the directory if it is not there yet; whether it was not."""
     created = not directory.exists()
-    try:
+    with creating(directory, "directory (-o)"):
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunDirectoryError(
-            f"{directory} cannot be created: {error.strerror}; choose another directory (-o)"
-        ) from None
     return created
 
 
 def _check_reachable(task: Task, directory: Path) -> None:
-    """Raise LaunchError unless all hosts let ssh in, and have what the ranks need."""
-    if not over_ssh(task.launcher):
-        return
-    daemon = detect.mpi_programs()[1] if task.config.comm.controller == "mpi" else None
     python = task.config.launch.python or sys.executable
-    needs = Needs(python, directory.resolve(), (daemon,) if daemon else (), "-o")
+    needs = Needs(python, directory.resolve(), mpi_daemon(task.config.comm.controller), "-o")
     names = [host.name for host in task.placed(max(task.request.ranks))]
-    if troubles := check_hosts(names, needs, task.config.launch.connect_timeout):
-        raise LaunchError(told(troubles))
+    check_reachable(task.launcher, names, needs, task.config.launch.connect_timeout)
 
 
 def _print_plan(task: Task) -> None:
@@ -390,11 +375,7 @@ class Runner:
         write_bench(self._directory, self.bench)
 
     def _machine(self) -> dict[str, Any]:
-        with suppress(OSError, ValueError):
-            found = json.loads((self._directory / _MACHINE).read_text(encoding="utf-8"))
-            if isinstance(found, dict):
-                return found
-        return {}
+        return read_object(self._directory / _MACHINE) or {}
 
     def _measure_machine(self) -> None:
         """Count the model's FLOPs and measure the peak, on the most ranks."""
@@ -446,7 +427,7 @@ class Runner:
         if shape.ranks >= self._results.ranks:
             self._results.ranks = shape.ranks
             self._results.bytes = bytes_per_update(windows)
-            self._results.machine = _machine_of(read_provenance(directory))
+            self._results.machine = _machine_of(read_object(directory.provenance) or {})
         append_windows(self._directory, shape.name, number, windows, warmup.windows)
         self._results.repeats.setdefault(shape.name, {})[number] = repeat
         unsettled = "" if warmup.settled else ", not settled"
@@ -479,10 +460,7 @@ class Runner:
         if self.stopper.asked:  # between the last look and now
             self.stop()
         try:
-            with directory.launch_log.open("a", encoding="utf-8") as log:
-                log.write(f"$ {spec.as_shell_command(argv)}\n")
-                tag = rank_tag(task.launcher, spec.mpi)
-                ended = execute(argv, spec, self._display, log, self.stopper, tag)
+            ended = execute(argv, spec, task.launcher, directory, self._display, self.stopper)
         finally:
             self._current = None
             self._display.clear()

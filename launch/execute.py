@@ -18,6 +18,8 @@ from typing import IO
 
 from harness.errors import LaunchError
 from harness.progress import Display, parse_relayed
+from harness.records import RunDirectory
+from launch.deaths import rank_tag
 from launch.outcome import Ended
 from launch.spec import LaunchSpec
 
@@ -37,21 +39,23 @@ def child_environment(spec: LaunchSpec) -> dict[str, str]:
 def execute(
     argv: Sequence[str],
     spec: LaunchSpec,
+    launcher: str,
+    directory: RunDirectory,
     display: Display,
-    log: IO[str],
     stopper: Stopper,
-    tag: re.Pattern[str] | None,
 ) -> Ended:
     """Run a launcher to its end, showing what the ranks print.
 
-    ``tag``: how it labels their lines with the rank; None: not at all. Raises LaunchError if
-    the launcher is not there.
+    The command, and all that it prints, is added to the directory's launch.log. Raises LaunchError
+    if the launcher is not there.
     """
-    process = _start(argv, spec)
-    with stopper.watching(process, display):
-        own_words = _pump(process, display, log, tag)
-        code = process.wait()
-        kill_group(process)  # ranks that outlived their launcher
+    with directory.launch_log.open("a", encoding="utf-8") as log:
+        log.write(f"$ {spec.as_shell_command(argv)}\n")
+        process = _start(argv, spec)
+        with stopper.watching(process, display):
+            own_words = _pump(process, display, log, rank_tag(launcher, spec.mpi))
+            code = process.wait()
+            kill_group(process)  # ranks that outlived their launcher
     return Ended(code, own_words)
 
 

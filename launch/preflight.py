@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import LaunchError
+from launch import detect
 
 _OTHER_SSH = "OMPI_MCA_plm_rsh_agent"
 """Names what Open MPI calls in place of ssh; the harness does not know how that is asked."""
@@ -62,6 +63,19 @@ class Needs:
 def over_ssh(launcher: str) -> bool:
     """Whether this launcher reaches other hosts by the ssh that can be tried here."""
     return launcher not in ("srun", "local") and _OTHER_SSH not in os.environ
+
+
+def mpi_daemon(controller: str) -> tuple[str, ...]:
+    """The program of MPI's that every host needs, if there is one; for ``Needs.programs``."""
+    daemon = detect.mpi_programs()[1] if controller == "mpi" else None
+    return (daemon,) if daemon else ()
+
+
+def check_reachable(launcher: str, names: Iterable[str], needs: Needs, timeout: float) -> None:
+    """Raise LaunchError unless all hosts let ssh in, as far as the launcher goes by it, and have
+    what is needed."""
+    if over_ssh(launcher) and (troubles := check_hosts(names, needs, timeout)):
+        raise LaunchError(told(troubles))
 
 
 def check_hosts(names: Iterable[str], needs: Needs, timeout: float) -> dict[str, str]:

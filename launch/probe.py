@@ -15,10 +15,9 @@ from harness import environment
 from harness.errors import LaunchError, RankFailure, RunDirectoryError, StoppedEarly, UsageError
 from harness.launch_schema import Launch
 from harness.progress import PlainLines
-from harness.records import RunDirectory
+from harness.records import RunDirectory, creating
 from harness.schema import Comm
 from harness.wording import counted
-from launch import detect
 from launch.assemble import (
     MODULES,
     Launcher,
@@ -27,11 +26,10 @@ from launch.assemble import (
     inherited,
     usual_launcher,
 )
-from launch.deaths import rank_tag
 from launch.execute import Stopper, execute
 from launch.hosts import fill
 from launch.outcome import judge
-from launch.preflight import Needs, check_hosts, is_local, over_ssh, told
+from launch.preflight import Needs, check_reachable, is_local, mpi_daemon
 from launch.spec import Host, LaunchSpec
 
 _LARGEST_MB = 4096  # MPI counts a message's elements in 32 bits
@@ -155,25 +153,15 @@ def _scratch(hosts: tuple[Host, ...]) -> Path:
 def _created(path: Path) -> Path:
     if (path / "probe.json").exists():
         raise RunDirectoryError(f"{path} already holds a probe; choose another directory (-o)")
-    try:
+    with creating(path, "directory (-o)"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunDirectoryError(
-            f"{path} cannot be created: {error.strerror}; choose another directory (-o)"
-        ) from None
     return path
 
 
 def _check_reachable(launcher: Launcher, hosts: tuple[Host, ...], directory: RunDirectory) -> None:
-    """Raise LaunchError unless all hosts let ssh in, and have what the ranks need."""
-    if not over_ssh(launcher):
-        return
-    daemon = detect.mpi_programs()[1]
-    programs = (daemon,) if daemon else ()
-    needs = Needs(sys.executable, directory.path.resolve(), programs, "-o", python_key=None)
-    troubles = check_hosts([host.name for host in hosts], needs, _LAUNCH.connect_timeout)
-    if troubles:
-        raise LaunchError(told(troubles))
+    place = directory.path.resolve()
+    needs = Needs(sys.executable, place, mpi_daemon(Comm().controller), "-o", python_key=None)
+    check_reachable(launcher, [host.name for host in hosts], needs, _LAUNCH.connect_timeout)
 
 
 def _spec(
@@ -201,10 +189,7 @@ def _launch(
     argv = MODULES[launcher].arguments(spec)
     where = ",".join(map(str, spec.hosts))
     print(f"harness: measuring collectives of {counted(spec.ranks, 'rank')} on {where}", flush=True)
-    with directory.launch_log.open("a", encoding="utf-8") as log:
-        log.write(f"$ {spec.as_shell_command(argv)}\n")
-        tag = rank_tag(launcher, spec.mpi)
-        ended = execute(argv, spec, PlainLines(), log, stopper, tag)
+    ended = execute(argv, spec, launcher, directory, PlainLines(), stopper)
     if ended.exit_code == 0 and (directory.path / "probe.json").exists():
         return
     outcome = judge(ended, spec, directory)

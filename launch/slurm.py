@@ -15,7 +15,7 @@ from harness.errors import LaunchError
 from harness.launch_schema import Slurm
 from harness.schedule.plan import Plan
 from harness.schema import Config
-from harness.wording import counted
+from harness.wording import counted, plain_name
 from harness.yamlfile import one_line
 from launch import elastic
 from launch.containers import check_container
@@ -103,8 +103,8 @@ class BatchJob:
 
 
 def job_title(name: str) -> str:
-    """A name as Slurm, file names and a shell's comments can all have it."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "run"
+    """A name that is not too long for what Slurm shows."""
+    return plain_name(name)[:60]
 
 
 def sbatch_quote(value: str) -> str:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from harness.config import load_config
 from harness.errors import LaunchError, RunDirectoryError
-from harness.records import RunDirectory, check_unlocked, now, write_atomic
+from harness.records import RunDirectory, check_unlocked, creating, now, write_atomic
 from harness.resume import check_same_run, has_finished
 from harness.schema import Config
 from harness.yamlfile import one_line
@@ -143,12 +143,8 @@ def _check_directory(directory: RunDirectory, config: Config, request: SubmitReq
 @contextmanager
 def _writing(directory: RunDirectory) -> Iterator[None]:
     """The directory, made if need be, with nobody else writing its jobs."""
-    try:
+    with creating(directory.path, "--run-dir"):
         (directory.path / "slurm").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunDirectoryError(
-            f"{directory.path} cannot be created: {error.strerror}; choose another --run-dir"
-        ) from None
     with list_lock(directory.path):
         yield
 

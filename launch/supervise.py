@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -31,6 +30,7 @@ from harness.records import (
     JsonlWriter,
     RunDirectory,
     RunLock,
+    creating,
     furthest,
     now,
     write_atomic,
@@ -38,14 +38,13 @@ from harness.records import (
 from harness.resume import check_same_run, has_finished, ranks_of_late, ranks_wanted
 from harness.schedule.plan import build_plan
 from harness.schema import Config
-from harness.wording import counted
+from harness.wording import counted, plain_name
 from launch import detect, elastic
 from launch.assemble import Job, Launcher, build_spec, choose_launcher, command_line, find_hosts
-from launch.deaths import rank_tag
 from launch.execute import Stopper, execute
 from launch.hosts import check_slots
 from launch.outcome import Outcome, judge
-from launch.preflight import Needs, check_hosts, over_ssh, told
+from launch.preflight import Needs, check_hosts, mpi_daemon, over_ssh, told
 from launch.restarts import Again, Restarts
 from launch.spec import Host, LaunchSpec
 
@@ -185,8 +184,7 @@ class Supervisor:
         python = self._job.config.launch.python or sys.executable
         if first and shutil.which(python) is None and self._job.config.slurm.container is None:
             raise LaunchError(f"launch.python = {python}: there is no such program here")
-        daemon = detect.mpi_programs()[1] if self._job.config.comm.controller == "mpi" else None
-        programs = (daemon,) if daemon else ()
+        programs = mpi_daemon(self._job.config.comm.controller)
         needs = Needs(python, self._directory.path.resolve(), programs)
         patience = self._job.config.launch.connect_timeout
         troubles = check_hosts([host.name for host in self._hosts], needs, patience)
@@ -225,11 +223,7 @@ class Supervisor:
             elastic.write_discovery(folder, self._hosts, spec.ranks)
         display = local_display()
         try:
-            with self._directory.launch_log.open("a", encoding="utf-8") as log:
-                log.write(f"$ {spec.as_shell_command(argv)}\n")
-                ended = execute(
-                    argv, spec, display, log, self._stopper, rank_tag(self._job.launcher, spec.mpi)
-                )
+            ended = execute(argv, spec, self._job.launcher, self._directory, display, self._stopper)
         finally:
             display.close()
         return judge(ended, spec, self._directory)
@@ -436,24 +430,18 @@ def _run_directory(request: RunRequest, config: Config) -> Path:
         return request.run_dir
     if request.resume:
         raise RunDirectoryError("--resume needs --run-dir: the run to go on with")
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", config.name).strip("-.") or "run"
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{name}-{stamp}"
+    return Path("runs") / f"{plain_name(config.name)}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _create(directory: RunDirectory) -> bool:
     """Make the directory if it is not there yet; whether it was not."""
     created = True
-    try:
+    with creating(directory.path, "--run-dir"):
         try:
             directory.path.mkdir(parents=True)
         except FileExistsError:
             created = False
         directory.failures.mkdir(exist_ok=True)
-    except OSError as error:
-        raise RunDirectoryError(
-            f"{directory.path} cannot be created: {error.strerror}; choose another --run-dir"
-        ) from None
     return created
 
 

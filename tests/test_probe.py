@@ -380,7 +380,7 @@ def test_inside_a_job_hosts_and_launcher_are_the_job_s(
 def test_results_stay_where_they_are_wanted(ranks: FakeRanks, tmp_path: Path) -> None:
     (tmp_path / "slurm").mkdir()  # a submitted probe's directory is there already
     assert launching.probe(ProbeRequest(hosts="localhost:2", out=tmp_path)) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["launch.log", "probe.json", "slurm"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["probe.json", "slurm"]
     with pytest.raises(UsageError, match="already holds a probe"):
         launching.probe(ProbeRequest(hosts="localhost:2", out=tmp_path))
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from simulated import PHASES, Simulation, bench, write_bench
 
 from harness.errors import RunDirectoryError
+from harness.lenient import number
 from harness.records import encode
 from harness.report import build_report, columns
 from harness.report.columns import read_columns
-from harness.report.fields import number
 from harness.report.goodput import goodputs_of, statistical_efficiency
 from harness.report.scaling import Point, series_of
 

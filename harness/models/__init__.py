@@ -18,6 +18,7 @@ from harness.models.lenet5 import LeNet5
 from harness.models.resnet_cifar import CifarResNet
 from harness.models.small_images import SIDE, VGG_CONVOLUTIONS, small_resnet, small_vgg
 from harness.models.zero_gamma import zero_gamma as begin_as_identity
+from harness.schema import Config
 
 Shape = tuple[int, int, int]
 
@@ -38,6 +39,14 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "alexnet_bn_caffe": alexnet_bn_caffe,
 }
 """The harness's own: name -> factory of (number of classes, (C, H, W), **options)."""
+
+
+def configured_model(config: Config, num_classes: int, shape: Shape) -> nn.Module:
+    """The model that a configuration names; see `build_model`."""
+    settings = config.model
+    return build_model(
+        settings.name, num_classes, shape, config.seed, settings.options, settings.zero_gamma
+    )
 
 
 def build_model(

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.benchfile import FORMAT, NAME
 from harness.errors import RunDirectoryError
+from harness.lenient import number, pick
 from harness.records import Record
-from harness.report.fields import clean, number, pick, plural, words
+from harness.report.fields import clean, plural, words
 from harness.report.scaling import Point, Series, series_of
 
 POINTS = 10_000  # more is damage
-BENCH = "bench.json"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Bench:
 
 def load_bench(path: Path, position: int) -> Bench:
     """Read bench.json; raises RunDirectoryError where it cannot be read at all."""
-    file = path / BENCH
+    file = path / NAME
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -75,8 +76,10 @@ def _problems(record: Record, given: list[Any], points: list[Point]) -> list[str
     found = []
     if record.get("status") != "complete":
         found.append("bench.json: the bench is not complete; points may be missing")
-    if record.get("format") != 1:
-        found.append("bench.json: its format is not 1, so parts of it may not be understood")
+    if record.get("format") != FORMAT:
+        found.append(
+            f"bench.json: its format is not {FORMAT}, so parts of it may not be understood"
+        )
     if len(points) < len(given):
         left_out = plural(len(given) - len(points), "point")
         found.append(f"bench.json: {left_out} without ranks and throughput, left out")

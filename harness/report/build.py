@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from harness.benchfile import holds_bench
 from harness.errors import RunDirectoryError, UsageError
+from harness.lenient import number
 from harness.records import RunDirectory, write_atomic
 from harness.report import fields, sections, tables
-from harness.report.benches import BENCH, Bench, load_bench
+from harness.report.benches import Bench, load_bench
 from harness.report.goodput import Goodputs, Progress, goodputs_of, progress_of
 from harness.report.layers import has_trust, layer_rows, spread_of_ratios
 from harness.report.markdown import markdown
@@ -176,7 +178,7 @@ def _sorted_out(given: list[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def _kind(path: Path) -> str | None:
-    if (path / BENCH).is_file():
+    if holds_bench(path):
         return "bench"
     return "run" if RunDirectory(path).holds_run else None
 
@@ -196,7 +198,7 @@ def _report(runs: list[Run], benches: list[Bench]) -> Report:
     scalings = [
         Scaling(one, model_of(one, sent), _goodputs(one, runs))
         for one, sent in [
-            *((one, fields.number(b.get("gradient_bytes"))) for b in benches for one in b.series),
+            *((one, number(b.get("gradient_bytes"))) for b in benches for one in b.series),
             *((one, _bytes_per_update(views)) for one in series_of_runs(runs)),
         ]
     ]

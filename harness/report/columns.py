@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from operator import itemgetter
@@ -23,8 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.records import Record
-from harness.report.fields import LARGEST, clean, number
+from harness.lenient import LARGEST, number
+from harness.records import Record, parse_line
+from harness.report.fields import clean
 
 Array = NDArray[np.float64]
 
@@ -257,16 +257,7 @@ def _parse(lines: list[bytes]) -> list[Record]:
         else:
             if len(records) == len(lines) and set(map(type, records)) == {dict}:
                 return records
-    return list(_one_by_one(lines))
-
-
-def _one_by_one(lines: list[bytes]) -> Iterator[Record]:
-    for line in lines:
-        if line.endswith(b"\n"):  # else it was cut off
-            with suppress(ValueError, RecursionError):
-                record = json.loads(line)
-                if isinstance(record, dict):
-                    yield record
+    return [record for line in lines if (record := parse_line(line)) is not None]
 
 
 def _numbers(

@@ -1,7 +1,7 @@
-"""Lenient access to records, and how values are written for people.
+"""How values of records are written for people.
 
-Nothing here raises on a record: what is absent, null, or not of the expected type is ``None``, and
-``None`` is shown as a dash. Zero is never used for "unknown".
+Nothing here raises on a record: what is not of the expected type is ``None``, and ``None`` is shown
+as a dash. Zero is never used for "unknown".
 """
 
 from __future__ import annotations
@@ -12,29 +12,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 MISSING = "–"
-LARGEST = 1e100  # beyond it a value is damage, not a measurement, and no axis can hold it
 
 # What XML forbids (controls, lone surrogates, non-characters), and the marks that reorder text.
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
     "\ud800-\udfff\ufffe\uffff]"
 )
-
-
-def number(value: Any) -> float | None:
-    """A finite number, else None. Text and booleans are not numbers."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if -LARGEST < value < LARGEST else None  # also false for NaN
-
-
-def pick(record: Any, *keys: str) -> Any:
-    """The value under nested keys, or None as soon as one of them is not there."""
-    for key in keys:
-        if not isinstance(record, dict):
-            return None
-        record = record.get(key)
-    return record
 
 
 def scrub(text: str) -> str:

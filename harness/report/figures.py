@@ -19,9 +19,10 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
+from harness.lenient import number, pick
 from harness.records import Record
 from harness.report.curves import Curve, curve, extremes, log_spaced, means, points, spread, steps
-from harness.report.fields import clean, count, general, number, percent, pick
+from harness.report.fields import clean, count, general, percent
 from harness.report.runs import Run
 from harness.report.summary import Summary, distances, noise_scales
 from harness.report.svg import DASHES, INK, PALETTE, Dash, Figure, Picture, final, render, series

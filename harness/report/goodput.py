@@ -14,7 +14,7 @@ import numpy as np
 
 from harness.report.columns import Array
 from harness.report.runs import Run
-from harness.report.scaling import HALF, Series
+from harness.report.scaling import Series, knee_of
 
 
 def statistical_efficiency(batch: Array | float, noise: Array | float) -> Array:
@@ -53,8 +53,7 @@ class Goodputs:
     series: Series
     goodput: list[float]
     knee: int | None
-    """The most ranks up to which every further one bought half of a rank's goodput or more; None if
-    it lies beyond what was measured."""
+    """Of goodput, as ``knee_of`` has it."""
 
     @property
     def best(self) -> int:
@@ -69,14 +68,4 @@ def goodputs_of(series: Series, noise: float) -> Goodputs | None:
         return None
     worth = statistical_efficiency(np.array(batches, dtype=float), noise).tolist()
     goodput = [p.images_per_sec * w for p, w in zip(series.points, worth, strict=True)]
-    ranks = [point.ranks for point in series.points]
-    alone = goodput[0] / ranks[0]
-    knee = next(
-        (
-            ranks[i]
-            for i in range(len(ranks) - 1)
-            if goodput[i + 1] - goodput[i] < HALF * alone * (ranks[i + 1] - ranks[i])
-        ),
-        None,
-    )
-    return Goodputs(noise, series, goodput, knee)
+    return Goodputs(noise, series, goodput, knee_of(series.points, goodput))

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.errors import RunDirectoryError
+from harness.lenient import number, pick
 from harness.records import Record, RunDirectory, RunRecords, read_run
 from harness.report.columns import Array, Columns, read_columns
-from harness.report.fields import clean, number, pick, plural, words
+from harness.report.fields import clean, plural, words
 from harness.report.layers import LayerLog, read_layers
 
 # What belongs in every line of metrics.jsonl. Other fields may be null for good reason (not

@@ -9,8 +9,9 @@ mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -85,14 +86,18 @@ class Series:
         return [_scaled(point, self.first) for point in self.points]
 
     def knee(self) -> int | None:
-        """The most ranks up to which every further one bought half of a rank or more; None if it
-        lies beyond what was measured."""
-        alone = self.first.images_per_sec / self.first.ranks
-        for before, after in zip(self.points, self.points[1:], strict=False):
-            bought = after.images_per_sec - before.images_per_sec
-            if bought < HALF * alone * (after.ranks - before.ranks):
-                return before.ranks
-        return None
+        """That of the throughput, as ``knee_of`` has it."""
+        return knee_of(self.points, [point.images_per_sec for point in self.points])
+
+
+def knee_of(points: Sequence[Point], speeds: Sequence[float]) -> int | None:
+    """The most ranks up to which every further one bought half of a rank's speed or more; None if
+    it lies beyond what was measured. ``speeds``: of the points, by ascending ranks."""
+    alone = speeds[0] / points[0].ranks
+    for (before, slow), (after, fast) in pairwise(zip(points, speeds, strict=True)):
+        if fast - slow < HALF * alone * (after.ranks - before.ranks):
+            return before.ranks
+    return None
 
 
 def _scaled(point: Point, first: Point) -> Scaled:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from harness.lenient import number
 from harness.report.benches import Bench
 from harness.report.fields import (
     clean,
@@ -13,7 +14,6 @@ from harness.report.fields import (
     duration,
     general,
     instant,
-    number,
     percent,
     plural,
     sentence,

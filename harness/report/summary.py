@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.lenient import number, pick
 from harness.records import Record
 from harness.report.columns import Array
 from harness.report.curves import Curve, curve, log_fit
@@ -23,9 +24,7 @@ from harness.report.fields import (
     duration,
     general,
     instant,
-    number,
     percent,
-    pick,
     plural,
 )
 from harness.report.runs import Evaluation, Run

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.lenient import number, pick
 from harness.records import PHASES, Record
 from harness.report.columns import COUNTS, GROUPS, TEXTS, Columns, plain
 from harness.report.csvtext import to_csv
@@ -25,9 +26,7 @@ from harness.report.fields import (
     duration,
     general,
     instant,
-    number,
     percent,
-    pick,
     plural,
     words,
 )
