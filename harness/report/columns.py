@@ -1,9 +1,10 @@
 """metrics.jsonl as columns of numbers, so that a run of a million lines fits and is read quickly.
 
 A line costs eight bytes for each number that it holds, and nothing for what is null or absent in
-all lines. Nearly all of the time goes into reading JSON: lines are therefore parsed a thousand at a
+all lines. Most of the time goes into reading JSON: lines are therefore parsed about a thousand at a
 time, and a long file is divided among processes (``python -m harness.report.columns``), one per
-core.
+core. orjson parses them; what it refuses (NaN, Infinity, lone surrogates) goes to Python's json,
+and what that refuses goes there line by line.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from array import array
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from operator import itemgetter
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from harness.lenient import LARGEST, number
@@ -42,7 +45,7 @@ GROUPS = ("seconds", "rank_seconds", "counters")
 TEXTS = ("slowest_host", "phase")
 """What of a group is text; its column holds places in ``Columns.texts``."""
 NAMES = 24  # of a group; more is damage
-LINES = 1000  # that are parsed at once
+LINES = 1000  # of 512 bytes that are parsed at once
 SHARE = 48 * 2**20  # bytes of the file for which another process pays
 PROCESSES = 8
 
@@ -188,10 +191,12 @@ def _read(path: Path, begin: int, end: int) -> Columns:
     gathered = _Gathered()
     with path.open("rb") as file:
         file.seek(begin)
-        at = begin
-        while at < end and (lines := file.readlines(min(LINES * 512, end - at))):
-            at += sum(map(len, lines))
-            gathered.add(lines if at <= end else lines[:-1])  # it may read one too many
+        while begin < end and (block := file.read(min(LINES * 512, end - begin))):
+            begin += len(block)
+            if begin < end:
+                block += (rest := file.readline())
+                begin += len(rest)
+            gathered.add(block)
     return gathered.columns()
 
 
@@ -203,31 +208,38 @@ class _Gathered:
         self._texts: dict[str, int] = {}
         self._broken = 0
 
-    def add(self, lines: list[bytes]) -> None:
-        records = _parse(lines)
-        self._broken += len(lines) - len(records)
+    def add(self, block: bytes) -> None:
+        records, broken = _parse(block)
+        self._broken += broken
         if records:
-            found = dict(_numbers(records, "", TOP))
+            found = {name: _numbers(records, name) for name in TOP}
             for group in GROUPS:
                 found |= self._group(records, group)
-            self._chunks.append((len(records), found))
+            known = {name: column for name, column in found.items() if column is not None}
+            self._chunks.append((len(records), known))
 
-    def _group(self, records: list[Record], group: str) -> dict[str, Array]:
+    def _group(self, records: list[Record], group: str) -> dict[str, Array | None]:
         entries = [record.get(group) for record in records]
         if not any(entries):
             return {}
         mappings: list[Record] = [e if isinstance(e, dict) else {} for e in entries]
         names = list(dict.fromkeys(chain.from_iterable(mappings)))[:NAMES]
-        texts = [name for name in names if name in TEXTS]
-        numbers = [name for name in names if name not in TEXTS and len(name) <= 40]
-        found = dict(_numbers(mappings, f"{group}.", numbers))
-        for name in texts:
-            places = [self._place(entry.get(name)) for entry in mappings]
-            found[f"{group}.{name}"] = np.array(places, dtype=float)
-        return found
+        return {
+            f"{group}.{name}": self._texts_of(mappings, name)
+            if name in TEXTS
+            else _numbers(mappings, name)
+            for name in names
+            if len(name) <= 40
+        }
 
-    def _place(self, value: Any) -> int | None:
-        if not isinstance(value, str) or len(self._texts) > 10_000:
+    def _texts_of(self, mappings: list[Record], name: str) -> Array:
+        values = [entry.get(name) for entry in mappings]
+        texts = dict.fromkeys(value for value in values if isinstance(value, str))
+        places = {text: self._place(text) for text in texts}
+        return np.array([places.get(v) if isinstance(v, str) else None for v in values], float)
+
+    def _place(self, value: str) -> int | None:
+        if len(self._texts) > 10_000:
             return None
         return self._texts.setdefault(clean(value, 60), len(self._texts))
 
@@ -242,49 +254,47 @@ class _Gathered:
                 if name in found:
                     column[at : at + count] = found[name]
                 at += count
+            column[np.abs(column) >= LARGEST] = np.nan
             if not np.isnan(column).all():
                 values[name] = column
         return Columns(lines, self._broken, values, list(self._texts))
 
 
-def _parse(lines: list[bytes]) -> list[Record]:
-    """The records of whole lines; broken ones are left out."""
-    if all(line.startswith(b"{") and line.endswith(b"}\n") for line in lines):
-        try:
-            records: list[Record] = json.loads("[" + b",".join(lines).decode() + "]")
-        except (ValueError, RecursionError):
-            pass
-        else:
-            if len(records) == len(lines) and set(map(type, records)) == {dict}:
-                return records
-    return [record for line in lines if (record := parse_line(line)) is not None]
+def _parse(block: bytes) -> tuple[list[Record], int]:
+    """The records of lines, and how many lines are broken and left out."""
+    count = block.count(b"\n")
+    # As a list, if each line is an object: then all ends of lines lie between two of them.
+    if block[:1] == b"{" and block[-2:] == b"}\n" and block.count(b"}\n{") == count - 1:
+        text = b"[%b]" % block.replace(b"}\n{", b"},{")
+        for parse in (orjson.loads, _by_json):
+            try:
+                records: list[Record] = parse(text)
+            except (ValueError, RecursionError):
+                continue
+            if len(records) == count and set(map(type, records)) == {dict}:
+                return records, 0
+    lines = block.split(b"\n")
+    lines = [*(line + b"\n" for line in lines[:-1]), *filter(None, lines[-1:])]
+    whole = [record for line in lines if (record := parse_line(line)) is not None]
+    return whole, len(lines) - len(whole)
 
 
-def _numbers(
-    records: list[Record], prefix: str, names: Iterable[str]
-) -> Iterator[tuple[str, Array]]:
-    """Columns of the records, which usually all have the same keys."""
-    wanted = [name for name in names if name in records[0]]
-    table = _quick(records, wanted) if wanted and len(set(map(len, records))) == 1 else None
-    if table is None:
-        wanted = list(names)
-        rows = [[number(record.get(name)) for name in wanted] for record in records]
-        table = np.array(rows, dtype=float).reshape(len(records), len(wanted))
-    for place, name in enumerate(wanted):
-        yield prefix + name, table[:, place]
+def _by_json(text: bytes) -> Any:
+    return json.loads(text.decode())
 
 
-def _quick(records: list[Record], names: list[str]) -> Array | None:
-    """A row per record; None if one has other keys, or something that is not a number."""
+def _numbers(records: list[Record], name: str) -> Array | None:
+    """A column of the records; None if it is null in all of them."""
     try:
-        rows = list(map(itemgetter(*names, names[0]), records))  # two names or more: always tuples
-        if not set(map(type, chain.from_iterable(rows))) <= {int, float, type(None)}:
-            return None
-        table = np.array(rows, dtype=float)
-    except (KeyError, OverflowError):
+        values = list(map(itemgetter(name), records))
+    except KeyError:
+        values = [record.get(name) for record in records]
+    if values[0] is None and not any(value is not None for value in values):
         return None
-    table[np.abs(table) >= LARGEST] = np.nan
-    return table
+    if set(map(type, values)) <= {int, float}:
+        with suppress(OverflowError):
+            return np.array(array("d", values))
+    return np.array([number(value) for value in values], dtype=float)
 
 
 def _main(path: str, begin: str, end: str) -> None:
