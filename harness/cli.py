@@ -135,10 +135,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     trace.set_defaults(run=_trace)
 
-    report = commands.add_parser("report", help="one page from runs, benches and series of runs")
+    report = commands.add_parser("report", help="one page from runs, benches, probes")
     report.add_argument(
         "run_dirs", type=Path, nargs="+", metavar="DIR",
-        help="a run directory, a bench directory, or a directory that holds such",
+        help="a run, bench or probe directory, or a directory that holds such",
     )  # fmt: skip
     report.add_argument("-o", "--out", type=Path, metavar="DIR", help="default: DIR/report")
     report.set_defaults(run=_report)

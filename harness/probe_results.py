@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from rich import box
 from rich.console import Console
@@ -19,6 +18,7 @@ from rich.measure import Measurement as Width
 from rich.table import Table
 
 from harness.errors import UsageError
+from harness.lenient import number, pick
 from harness.wording import counted
 
 _COLUMNS = (
@@ -138,12 +138,12 @@ def read_results(path: Path) -> Results:
     if not isinstance(content, dict):
         raise UsageError(f"{file} is no probe: an object is wanted")
     ranks, listed = content.get("ranks"), content.get("timings")
-    if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
+    if not is_count(ranks):
         raise UsageError(f"{file} is no probe: ranks must be a count, not {ranks!r:.50}")
     if not isinstance(listed, list) or not listed:
         raise UsageError(f"{file} is no probe: timings must be a list that is not empty")
     timings = tuple(
-        _read_timing(one, ranks, f"{file}: timings[{i}]") for i, one in enumerate(listed)
+        read_timing(one, ranks, f"{file}: timings[{i}]") for i, one in enumerate(listed)
     )
     if len({(one.operation, one.bytes) for one in timings}) < len(timings):
         raise UsageError(f"{file}: an operation has one size of messages twice")
@@ -158,28 +158,34 @@ def read_results(path: Path) -> Results:
     )
 
 
-def _read_timing(value: Any, ranks: int, where: str) -> Timing:
+def read_timing(value: Any, ranks: int, where: str) -> Timing:
+    """An entry of ``timings``. Raises UsageError, which begins with ``where``."""
     value = value if isinstance(value, dict) else {}
     known = {operation.name: operation for operation in OPERATIONS}
     name, size, seconds = (value.get(key) for key in ("operation", "bytes", "seconds"))
     if not isinstance(name, str) or name not in known:
         raise UsageError(f"{where}: operation {name!r:.50} is none of {', '.join(known)}")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+    if not is_count(size):
         raise UsageError(f"{where}: bytes must be a count, not {size!r:.50}")
     if not isinstance(seconds, list) or len(seconds) < 2 or not all(map(_is_time, seconds)):
-        raise UsageError(f"{where}: seconds must be a list of 2 times or more, each above 0")
+        raise UsageError(
+            f"{where}: seconds must be a list of 2 times or more, each above 0 (1e-12 to 1e9)"
+        )
     return Timing(known[name], size, ranks, tuple(map(float, seconds)))
 
 
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether it is a whole number from 1 on that a float holds exactly."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 2**53
+
+
 def _is_time(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 0 < value < math.inf
+    known = number(value)
+    return known is not None and 1e-12 <= known <= 1e9
 
 
 def _count_hosts(content: dict[str, Any]) -> int | None:
-    value: Any = content
-    for key in ("provenance", "communication", "hosts"):
-        value = value.get(key) if isinstance(value, dict) else None
+    value = pick(content, "provenance", "communication", "hosts")
     return len(value) if isinstance(value, list) else None
 
 

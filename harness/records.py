@@ -480,9 +480,10 @@ def _read_object(path: Path, parse: Callable[[str], Any], problems: list[str]) -
     return None
 
 
-def read_object(path: Path) -> Record | None:
-    """The JSON object in a file; None if it holds none or cannot be read."""
-    return _read_object(path, json.loads, [])
+def read_object(path: Path, parse: Callable[[str], Any] = json.loads) -> Record | None:
+    """The JSON object in a file, or what else ``parse`` reads; None if it holds none or cannot be
+    read."""
+    return _read_object(path, parse, [])
 
 
 def _read_lines(path: Path, problems: list[str]) -> list[Record]:

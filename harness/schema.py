@@ -70,6 +70,10 @@ class Printed(Section):
     below: float | None = None
     """A bound that the source prints instead of a value."""
     note: str | None = None
+    target: Annotated[float, Field(gt=0, le=1)] | None = None
+    """epochs_to_target: the test accuracy that counts as reached, a fraction."""
+    against: Annotated[str, Field(min_length=1)] | None = None
+    """error_difference, accuracy_gain, speedup: ``name`` of the runs that it is held against."""
 
 
 class Paper(Section):

@@ -1,4 +1,4 @@
-"""Run and bench directories that never happened, with records as the trainer writes them."""
+"""Run, bench and probe directories that never happened, with records as they are written."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from harness.probe_results import read_results
+from harness.probe_verdict import judge
 from harness.records import encode
 
 SIZE = 1437
@@ -260,4 +262,62 @@ def bench(mode: str = "weak", ranks: tuple[int, ...] = (1, 2, 4, 8), repeats: in
 def write_bench(path: Path, content: Any) -> Path:
     path.mkdir(parents=True)
     (path / "bench.json").write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def probe(
+    hosts: tuple[int, ...] = (2,),
+    alpha: float = 2e-4,
+    beta: float = 1e-9,
+    noise: float = 0.02,
+    rounds: int = 24,
+    largest: int = 12,
+) -> Any:
+    """What `probe.json` holds before its verdict: ``hosts`` has the ranks of each host, Horovod's
+    allreduce takes ``alpha`` + ``beta`` × bytes, with fp16 twice the first and half of the second.
+    """
+    draw = random.Random(11)
+    ranks = sum(hosts)
+    lines = {
+        "mpi_alone": (alpha / 10, beta),
+        "horovod": (alpha, beta),
+        "horovod_fp16": (2 * alpha, beta / 2),
+        "horovod_broadcast": (alpha, beta / 2),
+    }
+    timings = [
+        {
+            "operation": name,
+            "bytes": 4**power,
+            "seconds": [(a + b * 4**power) * math.exp(draw.gauss(0, noise)) for _ in range(rounds)],
+        }
+        for power in range(1, largest + 1)
+        for name, (a, b) in lines.items()
+    ]
+    firsts = [sum(hosts[:place]) for place in range(len(hosts))]
+    listed = [
+        {"host": f"n{place + 1}", "ranks": [*range(first, first + count)]}
+        for place, (first, count) in enumerate(zip(firsts, hosts, strict=True))
+    ]
+    return {
+        "provenance": {
+            "started": "2026-03-02T08:30:00.000+00:00",
+            "launcher": "mpirun",
+            "communication": {"kind": "horovod-mpi", "ranks": ranks, "hosts": listed},
+        },
+        "mpi": "Open MPI v4.1.8",
+        "ranks": ranks,
+        "warm_up_rounds": 2,
+        "left_out": {"torch Gloo": "its ranks cannot find each other under this launcher"},
+        "timings": timings,
+    }
+
+
+def write_probe(path: Path, content: Any, verdict: bool = True) -> Path:
+    """``verdict``: add one, as `harness probe` does."""
+    path.mkdir(parents=True)
+    (path / "probe.json").write_text(json.dumps(content), encoding="utf-8")
+    if verdict:
+        found = judge(read_results(path), [1.0, 97.5])
+        written = {**content, "verdict": found.as_dict()}
+        (path / "probe.json").write_text(json.dumps(written), encoding="utf-8")
     return path

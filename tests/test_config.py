@@ -38,7 +38,16 @@ FULL: dict[str, Any] = {
     "paper": {
         "source": "An author 2017",
         "place": "Table 3, row 2",
-        "printed": [{"metric": "accuracy", "value": 0.98, "below": None, "note": None}],
+        "printed": [
+            {
+                "metric": "accuracy",
+                "value": 0.98,
+                "below": None,
+                "note": None,
+                "target": 0.9,
+                "against": "another",
+            }
+        ],
         "note": "a note",
     },
     "data": {
@@ -542,7 +551,13 @@ def raw_configs(draw: st.DrawFn) -> dict[str, Any]:
     )
     printed = st.fixed_dictionaries(
         {"metric": WORDS},
-        optional={"value": st.floats(-1e9, 1e9), "below": st.none(), "note": WORDS},
+        optional={
+            "value": st.floats(-1e9, 1e9),
+            "below": st.none(),
+            "note": WORDS,
+            "target": st.none() | st.floats(0.1, 1),
+            "against": st.none() | WORDS,
+        },
     )
     paper = st.fixed_dictionaries(
         {"source": WORDS, "place": WORDS}, optional={"printed": st.lists(printed, max_size=2)}

@@ -59,10 +59,10 @@ ABOVE_THE_LINE = (
     "harness.standing",
     "harness.follow",
     "harness.watch",
-    "harness.report",
     "harness.probe_results",
     "harness.alphabeta",
     "harness.probe_verdict",
+    "harness.report",
 )
 BELOW_THE_LINE = (
     "harness.comm",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simulated import Simulation, bench, write_bench
+from simulated import Simulation, bench, probe, write_bench, write_probe
 from support import require
 
 from harness.report import build_report
@@ -84,18 +84,21 @@ def _browser() -> None:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One run with everything; a bench with two runs; a bench alone; records with holes."""
+    """One run with everything; a bench with two runs and a probe; a bench alone; a probe alone;
+    records with holes."""
     home = tmp_path_factory.mktemp("pages")
     full = Simulation(measured=True).run().write(home / "full")
     other = Simulation(1, factor=1, name="a fixed batch", epochs=6).run(None).write(home / "other")
     measured = write_bench(home / "bench", bench())
+    network = write_probe(home / "two nodes", probe((2, 2), noise=0.3))
     holes = Simulation(2, epochs=3).run(finish=False).write(home / "holes")
     (holes / "events.jsonl").write_bytes(b'{"kind": "st')
     (holes / "provenance.json").unlink()
     return {
         "run": build_report([full], home / "out-run"),
-        "mix": build_report([measured, full, other], home / "out-mix"),
+        "mix": build_report([measured, full, network, other], home / "out-mix"),
         "bench": build_report([measured], home / "out-bench"),
+        "probe": build_report([network], home / "out-probe"),
         "holes": build_report([holes], home / "out-holes"),
     }
 
@@ -126,7 +129,7 @@ def measure(page: Path, home: Path, width: int, dark: bool) -> Any:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("name", ["run", "mix", "bench", "holes"])
+@pytest.mark.parametrize("name", ["run", "mix", "bench", "probe", "holes"])
 def test_the_page_fits_and_can_be_read(
     pages: dict[str, Path], tmp_path: Path, name: str, width: int, dark: bool
 ) -> None:

@@ -1,4 +1,4 @@
-"""Run and bench directories in, one self-contained page out: ``build_report``.
+"""Run, bench and probe directories in, one self-contained page out: ``build_report``.
 
 fields.py        lenient access to records that may be null, absent or of the wrong type; formats
 columns.py       metrics.jsonl as columns of numbers, read by several processes
@@ -8,9 +8,12 @@ curves.py        thinning of long curves
 summary.py       the numbers of a run, each with its unit and its source; the answer in sentences
 scaling.py       points, series, speed-up and efficiency; benches.py  the points of a bench
 scaling_view.py  what the scaling model says of a series
+probes.py        what a probe found; network.py  the links that it tells the scaling model
+paper.py         what a recipe's source prints, beside what was measured
 goodput.py       statistical efficiency; timing.py  where the time goes, stragglers, causes
-svg.py           from a picture to SVG (with figures.py and opening.py all that loads matplotlib)
-figures.py       the curves; opening.py  the four figures of the first screen
+svg.py           from a picture to SVG (with the figures all that loads matplotlib)
+figures.py       the curves; opening.py  the four figures of the first screen; bandwidth.py  that of
+                 probes
 tables.py        stage table, event list, CSV files; csvtext.py  rows as CSV
 sections.py      sentences and rows of the page's sections; markdown.py  the report as Markdown
 build.py         puts the parts together and writes the files (the only one that loads jinja2)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from harness.benchfile import FORMAT, NAME
 from harness.errors import RunDirectoryError
 from harness.lenient import number, pick
-from harness.records import Record
+from harness.records import Record, read_object
 from harness.report.fields import clean, plural, words
 from harness.report.scaling import Point, Series, series_of
 
@@ -27,6 +29,8 @@ class Bench:
     task: str
     mode: str | None
     record: Record
+    config: Record | None
+    """config.yaml beside it, where there is one."""
     points: list[Point]
     series: list[Series]
     problems: list[str]
@@ -62,6 +66,7 @@ def load_bench(path: Path, position: int) -> Bench:
         task=task,
         mode=mode,
         record=record,
+        config=read_object(path / "config.yaml", yaml.safe_load),
         points=points,
         series=series_of(f"bench {position} {name}", task, points, mode, f"{position}: "),
         problems=_problems(record, given, points),

@@ -1,4 +1,4 @@
-"""``build_report``: run and bench directories in, a folder with one self-contained page out."""
+"""``build_report``: directories of runs, benches and probes in, one self-contained page out."""
 
 from __future__ import annotations
 
@@ -6,22 +6,34 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from harness.benchfile import holds_bench
 from harness.errors import RunDirectoryError, UsageError
-from harness.lenient import number
+from harness.lenient import number, pick
 from harness.records import RunDirectory, write_atomic
 from harness.report import fields, sections, tables
 from harness.report.benches import Bench, load_bench
 from harness.report.goodput import Goodputs, Progress, goodputs_of, progress_of
 from harness.report.layers import has_trust, layer_rows, spread_of_ratios
 from harness.report.markdown import markdown
+from harness.report.network import Network, network_of, unused
+from harness.report.paper import PAPER_RULES, PaperRow, paper_rows, paper_source
+from harness.report.probes import (
+    LINE_COLUMNS,
+    PROBE_RULES,
+    Probe,
+    headline,
+    holds_probe,
+    line_rows,
+    load_probe,
+    probe_json,
+)
 from harness.report.runs import Run, load_run
 from harness.report.scaling import Series, series_of_runs
-from harness.report.scaling_view import Modelled, model_of
+from harness.report.scaling_view import Modelled, model_of, wire_of
 from harness.report.summary import Number, Summary, answer, compare, describe, summarise
 from harness.report.timing import (
     Finding,
@@ -34,6 +46,7 @@ from harness.report.timing import (
     timing_of_point,
     timing_of_run,
 )
+from harness.scaling.steptime import Wire
 
 if TYPE_CHECKING:
     from harness.report.svg import Figure
@@ -70,7 +83,7 @@ class RunView:
     event_rows: Shown
     fault_rows: Shown
     paper: str | None
-    paper_rows: list[tables.PaperRow]
+    paper_rows: list[PaperRow]
     layer_rows: Shown
     config: Shown
     provenance: Shown
@@ -92,11 +105,24 @@ class BenchView:
 
 
 @dataclass(frozen=True)
+class ProbeView:
+    """What the template shows of one probe."""
+
+    probe: Probe
+    lines: list[tuple[str, ...]]
+    unused: str | None
+    """Why the scaling model did not take it; None if it did."""
+    provenance: Shown
+
+
+@dataclass(frozen=True)
 class Scaling:
-    """A series with what the model says of it, and its goodput."""
+    """A series with what the model says of it, what probes told the model, and its goodput."""
 
     series: Series
     model: Modelled | str
+    network: Network
+    """Empty where there is no model."""
     goodput: Goodputs | None
 
 
@@ -106,6 +132,7 @@ class Report:
 
     views: list[RunView]
     benches: list[BenchView]
+    probes: list[ProbeView]
     scalings: list[Scaling]
     timings: list[Timing]
     progress: list[tuple[Run, Progress]]
@@ -118,7 +145,22 @@ class Report:
 
     @property
     def single(self) -> RunView | None:
-        return self.views[0] if len(self.views) == 1 and not self.benches else None
+        alone = len(self.views) == 1 and not self.benches
+        return self.views[0] if alone else None
+
+    @property
+    def trouble(self) -> list[tuple[str | None, list[str]]]:
+        """What is missing or incomplete, and of what; None: of the only run there is."""
+        found = [
+            (
+                None if self.single and not self.probes else f"Run {view.run.label}",
+                view.run.problems,
+            )
+            for view in self.views
+        ]
+        found += [(fields.sentence(b.bench.label), b.bench.problems) for b in self.benches]
+        found += [(fields.sentence(p.probe.label), p.probe.problems) for p in self.probes]
+        return [(of, problems) for of, problems in found if problems]
 
     @property
     def causes(self) -> list[str]:
@@ -139,8 +181,8 @@ class Report:
 
 
 def build_report(directories: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the report of run directories, bench directories and directories that hold runs, such
-    as a scaling series or a sweep, in any mix; returns the path of its index.html.
+    """Write the report of run, bench and probe directories and of directories that hold such, as a
+    scaling series or a sweep, in any mix; returns the path of its index.html.
 
     Without ``out`` it goes to the report/ directory of the first. Whatever the records lack is said
     on the page. Raises RunDirectoryError for a directory that holds none of these, and UsageError
@@ -149,11 +191,12 @@ def build_report(directories: Sequence[Path], out: Path | None = None) -> Path:
     given = list({path.resolve(): path for path in map(Path, directories)}.values())
     if not given:
         raise RunDirectoryError("no run directory was given; name at least one (…/runs/NAME)")
-    run_dirs, bench_dirs = _sorted_out(given)
-    runs = [load_run(path, position) for position, path in enumerate(run_dirs, 1)]
-    benches = [load_bench(path, position) for position, path in enumerate(bench_dirs, 1)]
+    kinds = _sorted_out(given)
+    runs = [load_run(path, position) for position, path in enumerate(kinds["run"], 1)]
+    benches = [load_bench(path, position) for position, path in enumerate(kinds["bench"], 1)]
+    probes = [load_probe(path, position) for position, path in enumerate(kinds["probe"], 1)]
     target = out if out is not None else RunDirectory(given[0]).report
-    files = _contents(_report(runs, benches))
+    files = _contents(_report(runs, benches, probes))
     try:
         target.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -166,52 +209,96 @@ def build_report(directories: Sequence[Path], out: Path | None = None) -> Path:
     return target / "index.html"
 
 
-def _sorted_out(given: list[Path]) -> tuple[list[Path], list[Path]]:
-    """Run directories and bench directories; a directory that is neither stands for those in it."""
-    runs: dict[Path, Path] = {}
-    benches: dict[Path, Path] = {}
+Kind = Literal["run", "bench", "probe"]
+
+
+def _sorted_out(given: list[Path]) -> dict[Kind, list[Path]]:
+    """The directories of each kind; one that is of none stands for those in it."""
+    found: dict[Kind, dict[Path, Path]] = {"run": {}, "bench": {}, "probe": {}}
     for path in given:
-        inside = [path] if _kind(path) else _children(path)
-        for one in inside or [path]:  # what holds nothing is refused by load_run
-            (benches if _kind(one) == "bench" else runs).setdefault(one.resolve(), one)
-    return list(runs.values()), list(benches.values())
+        inside = [path] if _kinds(path) else _children(path)
+        for one in inside or [path]:
+            for kind in _kinds(one) or ("run",):  # what holds nothing is refused by load_run
+                found[kind].setdefault(one.resolve(), one)
+    return {kind: list(paths.values()) for kind, paths in found.items()}
 
 
-def _kind(path: Path) -> str | None:
+def _kinds(path: Path) -> tuple[Kind, ...]:
+    """What a directory holds. A bench has config.yaml too, and so may have a probe that was
+    submitted: that alone makes no run of either."""
+    run = RunDirectory(path)
+    found: list[Kind] = []
     if holds_bench(path):
-        return "bench"
-    return "run" if RunDirectory(path).holds_run else None
+        found.append("bench")
+    elif run.metrics.exists() or run.events.exists() or run.checkpoints.exists():
+        found.append("run")
+    if holds_probe(path):
+        found.append("probe")
+    return tuple(found) or (("run",) if run.holds_run else ())
 
 
 def _children(path: Path) -> list[Path]:
-    """Runs and benches right below a directory, in the order of their names, numbers as numbers."""
+    """Runs, benches and probes right below a directory, in the order of their names, numbers as
+    numbers."""
     try:
-        found = [child for child in path.iterdir() if child.is_dir() and _kind(child)]
+        found = [child for child in path.iterdir() if child.is_dir() and _kinds(child)]
     except OSError:
         return []
     return sorted(found, key=lambda child: (len(child.name), child.name))
 
 
-def _report(runs: list[Run], benches: list[Bench]) -> Report:
-    views = [_view(run, len(runs)) for run in runs]
+def _report(runs: list[Run], benches: list[Bench], probes: list[Probe]) -> Report:
+    views = _views(runs)
     bench_views = [_bench_view(bench) for bench in benches]
-    scalings = [
-        Scaling(one, model_of(one, sent), _goodputs(one, runs))
-        for one, sent in [
-            *((one, number(b.get("gradient_bytes"))) for b in benches for one in b.series),
-            *((one, _bytes_per_update(views)) for one in series_of_runs(runs)),
-        ]
+    scalings = _scalings(runs, views, benches, probes)
+    networks = [one.network for one in scalings if isinstance(one.model, Modelled)]
+    probe_views = [
+        ProbeView(
+            one, line_rows(one), unused(one, networks), _flat(one.get("provenance"), TABLE_ROWS)
+        )
+        for one in probes
     ]
     progress = [(run, found) for run in runs if (found := progress_of(run)) is not None]
     return Report(
         views=views,
         benches=bench_views,
+        probes=probe_views,
         scalings=scalings,
         timings=_timings(views, benches, scalings),
         progress=progress,
-        paragraphs=_paragraphs(views, benches, scalings),
-        title=_title(runs, benches),
+        paragraphs=_paragraphs(views, benches, probes, scalings),
+        title=_title(runs, benches, probes),
     )
+
+
+def _scalings(
+    runs: list[Run], views: list[RunView], benches: list[Bench], probes: list[Probe]
+) -> list[Scaling]:
+    """Each series with its model, which is told what the probes say of the network."""
+    found = []
+    of_runs = _wire_of_runs(views)
+    for one, wire in [
+        *((one, _wire_of_bench(bench)) for bench in benches for one in bench.series),
+        *((one, of_runs) for one in series_of_runs(runs)),
+    ]:
+        network = Network() if isinstance(wire, str) else network_of(probes, wire)
+        model = model_of(one, wire, network)
+        told = network if isinstance(model, Modelled) else Network()
+        found.append(Scaling(one, model, told, _goodputs(one, runs)))
+    return found
+
+
+def _wire_of_bench(bench: Bench) -> Wire | str:
+    return wire_of(number(bench.get("gradient_bytes")), pick(bench.config, "comm"))
+
+
+def _wire_of_runs(views: list[RunView]) -> Wire | str:
+    """Of the first run that tells."""
+    for view in views:
+        for told in view.communication:
+            if told.name == "comm_bytes_per_update" and told.value is not None:
+                return wire_of(told.value, view.run.config("comm"))
+    return wire_of(None, None)
 
 
 def _goodputs(one: Series, runs: list[Run]) -> Goodputs | None:
@@ -225,11 +312,6 @@ def _goodputs(one: Series, runs: list[Run]) -> Goodputs | None:
     together = np.concatenate(last) if last else np.zeros(0)
     together = together[together > 0]
     return goodputs_of(one, float(np.median(together))) if len(together) else None
-
-
-def _bytes_per_update(views: list[RunView]) -> float | None:
-    told = [n.value for v in views for n in v.communication if n.name == "comm_bytes_per_update"]
-    return next((value for value in told if value is not None), None)
 
 
 def _timings(views: list[RunView], benches: list[Bench], scalings: list[Scaling]) -> list[Timing]:
@@ -259,13 +341,22 @@ def _point_label(bench: Bench, point: Any, several: bool) -> str:
     return f"{lead}{fields.plural(point.ranks, 'rank')}{batch}"
 
 
-def _paragraphs(views: list[RunView], benches: list[Bench], scalings: list[Scaling]) -> list[str]:
-    """The answer: a paragraph for each series, one for benches without any, one for the runs."""
+def _paragraphs(
+    views: list[RunView], benches: list[Bench], probes: list[Probe], scalings: list[Scaling]
+) -> list[str]:
+    """The answer: a paragraph for each series, one for benches without any, one for the runs, one
+    for each probe."""
     found = []
     for one in scalings[:TOLD]:
         lead = f"{fields.sentence(one.series.label)}. " if len(scalings) > 1 else ""
         found.append(
-            lead + " ".join(sections.scaling_sentences(one.series, one.model, one.goodput))
+            lead
+            + " ".join(
+                [
+                    *sections.scaling_sentences(one.series, one.model, one.goodput),
+                    *(given.brief for given in one.network.given),
+                ]
+            )
         )
     if len(scalings) > TOLD:
         found.append(f"{fields.count(len(scalings) - TOLD)} more series are in the table.")
@@ -281,25 +372,34 @@ def _paragraphs(views: list[RunView], benches: list[Bench], scalings: list[Scali
         found.append(" ".join(answer(views[0].run, views[0].numbers)))
     elif views:
         found.append(" ".join(compare([v.run for v in views], [v.numbers for v in views])))
+    found += map(headline, probes[:TOLD])
+    if len(probes) > TOLD:
+        found.append(f"{fields.count(len(probes) - TOLD)} more probes are under Network.")
     return found
 
 
-def _title(runs: list[Run], benches: list[Bench]) -> str:
-    if len(runs) + len(benches) == 1:
+def _title(runs: list[Run], benches: list[Bench], probes: list[Probe]) -> str:
+    if len(runs) + len(benches) == 1 and not probes:
         return (runs or benches)[0].name
-    parts = [
-        fields.plural(len(found), kind, many)
-        for kind, many, found in (("bench", "benches", benches), ("run", "runs", runs))
-        if found
-    ]
-    return " and ".join(parts) + ("" if runs and benches else " compared")
+    if len(probes) == 1 and not runs and not benches:
+        return probes[0].name
+    kinds = (("bench", "benches", benches), ("run", "runs", runs), ("probe", "probes", probes))
+    parts = [fields.plural(len(found), kind, many) for kind, many, found in kinds if found]
+    if len(parts) == 1:
+        return f"{parts[0]} compared"
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _view(run: Run, runs: int) -> RunView:
-    room = max(TABLE_ROWS // runs, 20)
+def _views(runs: list[Run]) -> list[RunView]:
+    summaries = [summarise(run) for run in runs]
+    room = max(TABLE_ROWS // max(len(runs), 1), 20)
+    peers = list(zip(runs, summaries, strict=True))
+    return [_view(run, numbers, peers, room) for run, numbers in peers]
+
+
+def _view(run: Run, numbers: Summary, peers: list[tuple[Run, Summary]], room: int) -> RunView:
     stages = tables.stage_rows(run)
     timing, straggler = timing_of_run(run), straggler_of(run)
-    numbers = summarise(run)
     communication = list(sections.communication_numbers(run, numbers))
     ranks = list(sections.rank_numbers(run, straggler))
     for more in (*sections.time_numbers(timing), *communication, *ranks):
@@ -311,8 +411,8 @@ def _view(run: Run, runs: int) -> RunView:
         stage_rows=_shorten(stages, room),
         event_rows=_shorten(tables.event_rows(run), room),
         fault_rows=_shorten(sections.faults_of(run), room),
-        paper=tables.paper_source(run),
-        paper_rows=tables.paper_rows(run, numbers)[:room],
+        paper=paper_source(run),
+        paper_rows=paper_rows(run, numbers, peers)[:room],
         layer_rows=_shorten(layer_rows(run.layers), room),
         config=_flat(run.records.config, room),
         provenance=_flat(run.records.provenance, room),
@@ -354,6 +454,7 @@ def _contents(report: Report) -> dict[str, bytes | None]:
     The page comes last, so that it never speaks of files that are not there yet.
     """
     from harness.report import svg
+    from harness.report.bandwidth import SECTION, bus_bandwidth
     from harness.report.figures import OPENING, draw_curves
     from harness.report.opening import draw_opening
 
@@ -367,8 +468,12 @@ def _contents(report: Report) -> dict[str, bytes | None]:
             runs,
         )
         curves = draw_curves(runs, [view.numbers for view in views], bool(report.scalings))
+        trained = bool(runs or report.benches)
+        network = bus_bandwidth(
+            [one.probe for one in report.probes], SECTION if trained else OPENING
+        )
     first = [f for f in curves if f.section == OPENING]
-    figures = [*first, *opening, *(f for f in curves if f.section != OPENING)]
+    figures = [*first, *opening, *(f for f in curves if f.section != OPENING), network]
     files: dict[str, bytes | None] = {f"{figure.key}.svg": figure.file for figure in figures}
     files |= {f"{figure.key}.csv": figure.data for figure in figures}
     files["metrics.csv"] = tables.metrics_csv(runs) if runs else None
@@ -377,6 +482,8 @@ def _contents(report: Report) -> dict[str, bytes | None]:
     files["stages.csv"] = tables.stages_csv(stages) if runs else None
     files["layers.csv"] = tables.layers_csv(runs)
     files["summary.json"] = _summary_json(report)
+    if not trained:  # of a probe alone there is nothing else to draw
+        figures = [network]
     files["report.md"] = markdown(report, figures)
     files["index.html"] = _page(report, figures)
     return files
@@ -394,6 +501,7 @@ def _summary_json(report: Report) -> bytes:
             "findings": [asdict(finding) for finding in view.findings],
             "faults": [asdict(fault) for fault in sections.faults_of(view.run)],
             "stages": [asdict(stage) for stage in view.stages],
+            "paper": [asdict(row) for row in view.paper_rows],
             **_layers_json(view.run),
         }
         for view in report.views
@@ -418,10 +526,19 @@ def _summary_json(report: Report) -> bytes:
         "causes": report.causes,
         "runs": runs,
         "benches": benches,
+        "probes": [
+            {**probe_json(one.probe), "not_taken_by_the_model": one.unused} for one in report.probes
+        ],
+        "probe_rules": PROBE_RULES,
         "scaling": [
-            sections.scaling_json(one.series, one.model, one.goodput) for one in report.scalings
+            {
+                **sections.scaling_json(one.series, one.model, one.goodput),
+                "network": [given.as_dict() for given in one.network.given],
+            }
+            for one in report.scalings
         ],
         "scaling_rules": sections.SCALING_RULES,
+        "paper_rules": PAPER_RULES,
     }
     return (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode()
 
@@ -470,6 +587,7 @@ def _page(report: Report, figures: list[Figure]) -> bytes:
         metrics_step=max(map(tables.metrics_step, runs), default=1),
         layers_step=max((tables.layers_step(run.layers) for run in runs), default=1),
         has_trust=has_trust,
+        line_columns=LINE_COLUMNS,
         spread_of_ratios=spread_of_ratios,
     )
     return text.encode()

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from harness.report import sections
-from harness.report.fields import clean, count, duration, general, percent, scrub
+from harness.report.fields import clean, count, duration, general, percent, scrub, sentence
+from harness.report.probes import LINE_COLUMNS
 from harness.report.timing import phase_name, phases_of
 
 if TYPE_CHECKING:
-    from harness.report.build import Report
+    from harness.report.build import Report, RunView
 
 ROWS = 200  # of a table; the CSV files have all
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&$])")
@@ -45,10 +46,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def markdown(report: Report, figures: Sequence[Titled]) -> bytes:
     """The page's sentences and most important tables, and links to its figures' SVG files."""
     parts = [f"# {text_of(report.title)}"]
-    problems = [
-        *(f"Run {view.run.label}: {p}" for view in report.views for p in view.run.problems),
-        *(f"{one.bench.label}: {p}" for one in report.benches for p in one.bench.problems),
-    ]
+    problems = [f"{of or 'The run'}: {p}" for of, found in report.trouble for p in found]
     if problems:
         parts += ["## Missing or incomplete", _bullets(problems)]
     parts += ["## Result", *map(text_of, report.paragraphs)]
@@ -60,10 +58,16 @@ def markdown(report: Report, figures: Sequence[Titled]) -> bytes:
             parts += [drawn, f"**{text_of(figure.title)}.** {text_of(figure.caption)}"]
     if report.scalings:
         parts += ["## Scaling", _scaling(report)]
+        parts += [text_of(given.text) for one in report.scalings for given in one.network.given]
+    if report.probes:
+        parts += ["## Network", *_network(report)]
     if report.timings:
         parts += ["## Time of an update", _time(report)]
     if report.views:
         parts += ["## Runs", _runs(report)]
+    printed = [view for view in report.views if view.paper_rows]
+    if printed:
+        parts += ["## In the paper", *_paper(printed)]
     faults = [(view, fault) for view in report.views for fault in sections.faults_of(view.run)]
     if faults:
         rows = [
@@ -101,6 +105,28 @@ def _scaling(report: Report) -> str:
     header = ("Series", "Ranks", "Global batch", "Images/s", "Interval", "Speed-up", "Efficiency",
               "MFU")  # fmt: skip
     return table(header, rows)
+
+
+def _network(report: Report) -> Iterable[str]:
+    for one in report.probes:
+        when = f", {one.probe.when}" if one.probe.when else ""
+        yield text_of(f"{sentence(one.probe.label)}: {one.probe.where}{when}.")
+        if one.unused:
+            yield text_of(f"The scaling model has nothing from it: {one.unused}.")
+        if one.probe.sentences:
+            yield _bullets(one.probe.sentences)
+        if one.lines:
+            yield table(LINE_COLUMNS, one.lines)
+
+
+def _paper(views: Iterable[RunView]) -> Iterable[str]:
+    for view in views:
+        yield text_of(f"Run {view.run.label}: {view.paper or 'the recipe names no source.'}")
+        rows = [
+            (row.metric, row.printed, general(row.here), row.note or "", row.how)
+            for row in view.paper_rows
+        ]
+        yield table(("Metric", "Printed", "Here", "Note", "How"), rows)
 
 
 def _time(report: Report) -> str:

@@ -12,9 +12,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
+from harness.lenient import pick
 from harness.report.columns import Array
 from harness.report.fields import clean, count, words
 from harness.report.runs import Run
@@ -211,13 +213,27 @@ def _points(run: Run) -> list[tuple[Cut, Point]]:
         rate = quantile_of(rates[chosen], 0.5) or 0.0
         where = f"run {run.number}: metrics.jsonl, median of images_per_sec at {ranks} ranks and "
         point = Point(
-            ranks=ranks, nodes=None, micro_batch=micro, accumulation=accumulation,
+            ranks=ranks, nodes=_nodes(run, ranks), micro_batch=micro, accumulation=accumulation,
             global_batch=batch, images_per_sec=rate, low=None, high=None, confidence=None,
             repeats=(rate,), seconds=per_update(run, phases[chosen], updates[chosen]), mfu=None,
             source=f"{where}global batch {batch}, first window of each attempt left out",
         )  # fmt: skip
         found.append(((ranks, accumulation, micro, batch), point))
     return found
+
+
+def _nodes(run: Run, ranks: int) -> int | None:
+    """Hosts of the run's starts with so many ranks, if all of them had equally many."""
+    first = run.records.provenance
+    again = pick(first, "attempts")
+    starts = [pick(one, "communication") for one in (first, *_listed(again))]
+    told = [_listed(pick(one, "hosts")) for one in starts if pick(one, "ranks") == ranks]
+    counts = {len(hosts) for hosts in told}
+    return counts.pop() if len(counts) == 1 and 1 <= min(counts) <= ranks else None
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def phase_table(run: Run) -> Array:
@@ -251,6 +267,7 @@ def _together(points: list[Point]) -> Point:
     mean, low, high = mean_interval(rates)
     return replace(
         points[0],
+        nodes=points[0].nodes if len({point.nodes for point in points}) == 1 else None,
         images_per_sec=mean,
         low=None if low is None else max(low, 0.0),
         high=high,

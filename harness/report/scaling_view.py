@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from harness.errors import UsageError
+from harness.lenient import number, pick
 from harness.report import scaling
+from harness.report.fields import words
+from harness.report.network import Network
 from harness.scaling.answer import Topic, answer
 from harness.scaling.points import Point
 from harness.scaling.predict import Prediction
@@ -32,25 +36,47 @@ class Modelled:
     knee: int | None
     """Ranks of the last node that buys half of the first; None if it lies beyond 1,024 nodes."""
     sentences: list[str]
+    coefficients: list[dict[str, Any]]
+    """``harness.scaling.fit.Coefficient`` as plain values."""
 
 
-def model_of(series: scaling.Series, gradient_bytes: float | None) -> Modelled | str:
-    """The model of a series, or why there is none, in words after "not fitted: ".
+def wire_of(gradient_bytes: float | None, comm: Any) -> Wire | str:
+    """What a rank sends in an update, or why that is not known, in words after "not fitted: ".
 
-    ``gradient_bytes``: what a rank sends in an update.
+    ``comm``: that section of the configuration, as far as there is one; without ``bucket_mb`` all
+    counts as one bucket.
     """
+    if gradient_bytes is None:
+        return "how many bytes an update sends is not recorded"
+    size = number(pick(comm, "bucket_mb"))
+    if size is not None and pick(comm, "autotune") is not True:
+        halved = (words(pick(comm, "compression")) or "").startswith("fp16")
+        doubled = pick(comm, "summation") == "exact"
+        size *= 2**20 * (0.5 if halved else 2 if doubled else 1)  # comm.bucket_mb is of float32
+    else:
+        size = None
+    try:
+        return Wire(gradient_bytes, size)
+    except UsageError as error:
+        return str(error)
+
+
+def model_of(series: scaling.Series, wire: Wire | str, network: Network) -> Modelled | str:
+    """The model of a series, or why there is none, in words after "not fitted: "."""
     counts = len(series.points)
     if counts < FEWEST:
         return f"a model takes {FEWEST} rank counts or more, and {counts} were measured"
-    if gradient_bytes is None:
-        return "how many bytes an update sends is not recorded"
+    if isinstance(wire, str):
+        return wire
     most = series.points[-1].ranks
     try:
         found = study(
             [_point(point) for point in series.points],
-            Wire(gradient_bytes),
+            wire,
             mode="strong" if series.mode == "strong" else "weak",
             targets=[most * factor for factor in _FURTHER],
+            within=network.within,
+            between=network.between,
         )
     except UsageError as error:
         return str(error)
@@ -83,4 +109,5 @@ def _modelled(found: Study, most: int) -> Modelled:
         measured_up_to=most,
         knee=None if knee is None or knee.open else int(knee.nodes.value) * knee.ranks_per_node,
         sentences=[one.text for one in answer(found) if one.topic in _TOLD],
+        coefficients=found.as_dict()["model"]["coefficients"],
     )

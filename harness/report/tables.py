@@ -24,7 +24,6 @@ from harness.report.fields import (
     clean,
     count,
     duration,
-    general,
     instant,
     percent,
     plural,
@@ -198,47 +197,6 @@ def _updates_done(run: Run, windows: Places) -> float | None:
 
 def _median_rate(run: Run, windows: Places) -> float | None:
     return quantile_of(run.columns["images_per_sec"][windows[run.timed[windows]]], 0.5)
-
-
-@dataclass(frozen=True)
-class PaperRow:
-    """A result as the recipe's source prints it, beside this run's."""
-
-    metric: str
-    printed: str
-    here: float | None
-    note: str | None
-
-
-# What a source's metric is called among the numbers of the summary.
-_MEASURED_HERE = {
-    "accuracy": "final_test_accuracy",
-    "peak_accuracy": "best_test_accuracy",
-}
-
-
-def paper_source(run: Run) -> str | None:
-    """Where the recipe of a run comes from, as a sentence or two."""
-    parts = [words(run.config("paper", key)) for key in ("source", "place")]
-    if not any(parts):
-        return None
-    note = words(run.config("paper", "note"))
-    return "; ".join(part for part in parts if part) + "." + (f" {note}" if note else "")
-
-
-def paper_rows(run: Run, numbers: Mapping[str, Any]) -> list[PaperRow]:
-    """What the recipe's source prints (``paper`` in config.yaml), beside what this run measured."""
-    rows = []
-    for entry in _mappings(pick(run.records.config, "paper", "printed")):
-        metric = words(entry.get("metric")) or "unnamed"
-        value, below = number(entry.get("value")), number(entry.get("below"))
-        printed = general(value) if value is not None else f"below {general(below)}"
-        if value is None and below is None:
-            printed = "–"
-        here = numbers.get(_MEASURED_HERE.get(metric, ""))
-        note = words(entry.get("note"))
-        rows.append(PaperRow(metric, printed, here and here.value, note))
-    return rows
 
 
 @dataclass(frozen=True)
