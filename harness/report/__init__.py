@@ -9,6 +9,7 @@ summary.py       the numbers of a run, each with its unit and its source; the an
 scaling.py       points, series, speed-up and efficiency; benches.py  the points of a bench
 scaling_view.py  what the scaling model says of a series
 goodput.py       statistical efficiency; timing.py  where the time goes, stragglers, causes
+waiting.py       what exposed communication consists of: sums, and waiting for ranks
 svg.py           from a picture to SVG (with figures.py and opening.py all that loads matplotlib)
 figures.py       the curves; opening.py  the four figures of the first screen
 tables.py        stage table, event list, CSV files; csvtext.py  rows as CSV

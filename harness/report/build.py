@@ -34,6 +34,7 @@ from harness.report.timing import (
     timing_of_point,
     timing_of_run,
 )
+from harness.report.waiting import exchange_numbers, exchange_of
 
 if TYPE_CHECKING:
     from harness.report.svg import Figure
@@ -300,7 +301,11 @@ def _view(run: Run, runs: int) -> RunView:
     stages = tables.stage_rows(run)
     timing, straggler = timing_of_run(run), straggler_of(run)
     numbers = summarise(run)
-    communication = list(sections.communication_numbers(run, numbers))
+    exchange = exchange_of(run, timing.seconds) if timing else None
+    communication = [
+        *sections.communication_numbers(run, numbers),
+        *exchange_numbers(exchange),
+    ]
     ranks = list(sections.rank_numbers(run, straggler))
     for more in (*sections.time_numbers(timing), *communication, *ranks):
         numbers[more.name] = more
@@ -318,7 +323,7 @@ def _view(run: Run, runs: int) -> RunView:
         provenance=_flat(run.records.provenance, room),
         timing=timing,
         straggler=straggler,
-        findings=findings(timing, straggler),
+        findings=findings(timing, straggler, exchange),
         communication=communication,
         ranks=ranks,
     )
@@ -331,7 +336,7 @@ def _bench_view(bench: Bench) -> BenchView:
     return BenchView(
         bench=bench,
         numbers=sections.bench_numbers(bench),
-        findings=findings(timing, None),
+        findings=findings(timing, None, None),
         machine=_flat(bench.get("machine"), TABLE_ROWS),
     )
 
@@ -449,7 +454,7 @@ def _page(report: Report, figures: list[Figure]) -> bytes:
     environment.filters |= {name: getattr(fields, name) for name in names}
     environment.filters |= {
         "sentence": fields.sentence,
-        "unit_text": sections.unit_text,
+        "unit_text": fields.unit_text,
         "phase_name": phase_name,
     }
     runs = report.runs
