@@ -7,6 +7,7 @@ Nothing waits for anything while an update runs.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,8 @@ import torch
 
 from harness.records import PHASES
 
+WAITS = 10
+"""How many of the last times in ``comm_exposed`` a clock remembers one by one."""
 _HELD = 1024
 """Events that wait to be resolved before those that are complete are."""
 
@@ -27,6 +30,8 @@ class HostClock:
         self.log: list[tuple[str, float, float]] | None = None
         """While a trace is taken: (phase, begin, end) of each mark, in time.perf_counter's
         seconds."""
+        self.waits: deque[float] = deque(maxlen=WAITS)
+        """Seconds of the last marks of ``comm_exposed``, of which each update has one."""
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._lap = 0.0
         self._last = time.perf_counter()
@@ -54,8 +59,13 @@ class HostClock:
         return taken
 
     def _book(self, phase: str, seconds: float) -> None:
-        self._seconds[phase] += seconds
+        self._add(phase, seconds)
         self._lap += seconds
+
+    def _add(self, phase: str, seconds: float) -> None:
+        self._seconds[phase] += seconds
+        if phase == "comm_exposed":
+            self.waits.append(seconds)
 
 
 class Event(Protocol):
@@ -127,7 +137,7 @@ class DeviceClock(HostClock):
         for index in range(count):
             before, (phase, after) = self._held[index][1], self._held[index + 1]
             if phase is not None:
-                self._seconds[phase] += before.elapsed_time(after) / 1e3
+                self._add(phase, before.elapsed_time(after) / 1e3)
             self._spare.append(before)
         del self._held[:count]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,15 +14,15 @@ import torch
 
 from harness.comm.base import Communicator, allreduce
 from harness.counters import Counters, memory_peak
-from harness.phases import DeviceClock, HostClock
+from harness.phases import WAITS, DeviceClock, HostClock
 from harness.records import PHASES
 from harness.schema import Profile
-from harness.spread import RankTime, Stragglers, slowest
+from harness.spread import RankTime, Stragglers, least_wait, slowest
 from harness.tracing import Tracer
 
 _BUSY = tuple(phase for phase in PHASES if phase != "comm_exposed")
 
-_UPDATES = 10
+_UPDATES = WAITS
 """Updates between two gatherings at least, so that they stay cheap where each line has one update:
 between ranks of one host a gathering takes some tenths of a millisecond."""
 
@@ -88,9 +89,10 @@ class Profiler:
         fields: dict[str, Any] = dict.fromkeys(("rank_seconds", "memory_peak_bytes", "counters"))
         straggler = None
         if self._enabled and self._updates >= _UPDATES:
-            ranks, fields["memory_peak_bytes"] = self._gather()
+            ranks, waits, fields["memory_peak_bytes"] = self._gather()
             if len(ranks) > 1:
                 fields["rank_seconds"], straggler = self._compare(ranks)
+                fields["rank_seconds"]["wait_least"] = least_wait(waits)
             self._forget()
         if self._counters is not None:
             fields["counters"] = self._counters.read()
@@ -101,14 +103,16 @@ class Profiler:
         if self._tracer:
             self._tracer.close()
 
-    def _gather(self) -> tuple[list[RankTime], int]:
-        """All ranks' times, and the largest of their memory peaks; each rank writes its own row of
-        a table of zeros, and the tables add up."""
-        table = torch.zeros(self._comm.size, len(_BUSY) + 3, dtype=torch.float64)
-        own = [*self._busy.values(), self._samples, self._micro_batches]
-        table[self._comm.rank] = torch.tensor(
-            [*own, memory_peak(self._comm.device)], dtype=torch.float64
-        )
+    def _gather(self) -> tuple[list[RankTime], list[list[float]], int]:
+        """All ranks' times, how long each waited in each of the last updates, and the largest of
+        their memory peaks; each rank writes its own row of a table of zeros, and the tables add
+        up."""
+        waits = list(self.clock.waits)
+        waits = [math.nan] * (WAITS - len(waits)) + waits  # as many on all ranks
+        own = [*self._busy.values(), *waits, self._samples, self._micro_batches]
+        own.append(memory_peak(self._comm.device))
+        table = torch.zeros(self._comm.size, len(own), dtype=torch.float64)
+        table[self._comm.rank] = torch.tensor(own, dtype=torch.float64)
         self.clock.mark("other")
         rows = allreduce(self._comm, table, "profile").tolist()
         self.clock.mark("comm_exposed")  # who comes first waits
@@ -116,7 +120,8 @@ class Profiler:
             RankTime(dict(zip(_BUSY, row, strict=False)), int(row[-3]), int(row[-2]))
             for row in rows
         ]
-        return ranks, int(max(row[-1] for row in rows))
+        each = [row[len(_BUSY) : len(_BUSY) + WAITS] for row in rows]
+        return ranks, each, int(max(row[-1] for row in rows))
 
     def _compare(self, ranks: Sequence[RankTime]) -> tuple[dict[str, Any], dict[str, Any] | None]:
         worst = slowest(ranks)
@@ -126,6 +131,7 @@ class Profiler:
             "slowest_rank": worst.rank,
             "slowest_host": self._hosts[worst.rank],
             "phase": worst.phase,
+            "ratio": worst.ratio or None,
             "updates": self._updates,
         }
         straggler = self._stragglers.observe(worst, len(ranks), self._updates)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 
 SLOW = 1.1
 """A rank counts as slow if it is busy for more than so many times as long as the others. A choice:
 all ranks lose at most the part above 1, and for less than a tenth few would change a host."""
-_CHANCE = 0.01
+CHANCE = 0.01
+"""What lot alone would do with this chance at most is not put down to it. A choice."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,43 @@ def lines_needed(ranks: int) -> int:
     """Lines in a row in which the same rank must be slow to be called a straggler: at least 3, and
     so many that if the slowest rank were drawn by lot each time, it would be the same one that
     often with a chance of at most 1 %: ranks^(1 − lines) ≤ 0.01."""
-    return max(3, 1 + math.ceil(-math.log(_CHANCE) / math.log(ranks)))
+    return max(3, 1 + math.ceil(-math.log(CHANCE) / math.log(ranks)))
+
+
+def chance_of(times: int, lines: int, ranks: int) -> float:
+    """At most so large is the chance that some rank is the slowest in ``times`` of ``lines`` lines
+    or more, if each line's were drawn by lot from two ranks or more: ranks × the upper tail of the
+    binomial distribution. For ``times`` = ``lines`` that is ``lines_needed``'s ranks^(1 − lines).
+    """
+    share = 1 / ranks
+    term = math.exp(
+        math.lgamma(lines + 1)
+        - math.lgamma(times + 1)
+        - math.lgamma(lines - times + 1)
+        + times * math.log(share)
+        + (lines - times) * math.log1p(-share)
+    )
+    tail = 0.0
+    for count in range(times, lines + 1):
+        tail += term
+        term *= (lines - count) / (count + 1) * share / (1 - share)
+        if term < 1e-9 * tail and count > share * lines:
+            break
+    return min(1.0, ranks * tail)
+
+
+def least_wait(waits: Sequence[Sequence[float]]) -> float | None:
+    """Seconds of an update that pass in ``comm_exposed`` on whichever rank waits least in it, which
+    is the one that comes last: it waits for nobody, only for the sums.
+
+    Args:
+        waits: of each rank, those of the same updates; NaN where one is not known.
+
+    Returns:
+        The mean over the updates; None if none is known on all ranks.
+    """
+    known = [each for each in zip(*waits, strict=True) if not any(map(math.isnan, each))]
+    return fmean(map(min, known)) if known else None
 
 
 @dataclass(frozen=True)

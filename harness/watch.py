@@ -7,17 +7,24 @@ can be seen, and several can watch the same run.
 from __future__ import annotations
 
 import math
+import os
+import signal
 import statistics
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
+from types import FrameType
+from typing import Self
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -55,6 +62,20 @@ _RESCAN = 10.0
 """Seconds between looks for new runs in a directory of several."""
 _WIDTH = 200
 """Columns where no terminal sets them."""
+_ROOM_FOR_SPREAD = 60
+"""Columns from which on the spread of speeds is told."""
+_COLUMNS = {
+    "run": 0, "state": 0, "progress": 0, "epoch": 100, "ranks": 70, "images/s": 70,
+    "attempts": 100, "ETA": 0, "last line": 70,
+}  # fmt: skip
+"""Of the table of several runs, each with the width of the terminal from which on it is there."""
+_LOAD = {
+    "memory_peak_bytes": ("peak {:.2f} GiB", 2.0**30),
+    "cpu_percent": ("{:.3g} % CPU", 1.0),
+    "gpu_percent": ("{:.3g} % GPU", 1.0),
+    "gpu_memory_bytes": ("{:.3g} GiB on the GPU", 2.0**30),
+}
+"""What most lines have no reading of: how it is told, and in which unit."""
 _TOLD = frozenset(
     {*OF_PROCESSES, "stage", "merged_segment", "not_grown", "regroup", "skipped_update"}
     | {"corrupt_image", "checkpoint_rejected", "warning"}
@@ -66,7 +87,8 @@ _ASCII = "_.-=+*#@"
 def watch(path: Path, once: bool, interval: float) -> int:
     """Show a run, or the runs of a directory, until it is done, or once; returns the exit code.
 
-    Raises RunDirectoryError if there is neither, UsageError for an interval that cannot be.
+    Raises RunDirectoryError if there is neither, or no more; UsageError for an interval that cannot
+    be; SystemExit if a signal asks for it while a terminal is drawn on.
     """
     if not (math.isfinite(interval) and 0.1 <= interval <= 3600):
         raise UsageError(f"--interval {interval:g}: must be from 0.1 to 3600 seconds")
@@ -75,8 +97,8 @@ def watch(path: Path, once: bool, interval: float) -> int:
         if once:
             watched.refresh()
             _plain_console().print(Group(*watched.show()))
-        elif sys.stdout.isatty():
-            _live(watched, interval)
+        elif _can_draw(console := Console(highlight=False)):
+            _live(watched, console, interval)
         else:
             _lines(watched, interval)
     return 0
@@ -116,19 +138,108 @@ def _plain_console() -> Console:
     return Console(width=_WIDTH, soft_wrap=True, highlight=False, color_system=None)
 
 
-def _live(watched: Watched | Several, interval: float) -> None:
-    console = Console(highlight=False)
-    with Live(console=console, auto_refresh=False) as live:
-        while True:
-            begin = time.perf_counter()
-            watched.refresh()
-            parts = watched.show()
-            took = time.perf_counter() - begin
-            footer = f"refreshed in {1e3 * took:.1f} ms, every {interval:g} s; Ctrl-C ends this"
-            live.update(Group(*parts, Text(footer, style="dim")), refresh=True)
-            if watched.over:
-                return
-            time.sleep(interval)
+def _can_draw(console: Console) -> bool:
+    """Whether standard output is a terminal that can be drawn on anew."""
+    known = bool(os.environ.get("TERM")) and not console.is_dumb_terminal
+    return sys.stdout.isatty() and console.is_terminal and known
+
+
+def _live(watched: Watched | Several, console: Console, interval: float) -> None:
+    """On the terminal's other screen; what was shown last stays on the usual one."""
+    live = Live(
+        console=console,
+        screen=True,
+        auto_refresh=False,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    parts: list[RenderableType] = []
+    try:
+        with _Signals() as signals, live:
+            while not _is_gone(watched.path):
+                begin = time.perf_counter()
+                watched.refresh()
+                parts = watched.show(console.width)
+                took = time.perf_counter() - begin
+                footer = f"refreshed in {1e3 * took:.1f} ms, every {interval:g} s; Ctrl-C ends this"
+                live.update(_Fitted(parts, footer), refresh=True)
+                if watched.over:
+                    return
+                for one in signals.wait(interval):
+                    if one == signal.SIGTERM:
+                        raise SystemExit(128 + one)
+                    if one == signal.SIGTSTP:
+                        live.stop()
+                        os.kill(os.getpid(), signal.SIGSTOP)
+                        live.start()
+    finally:
+        if parts:
+            console.print(Group(*parts))
+    raise _gone(watched.path)
+
+
+class _Signals:
+    """Notes signals, so that the view is left in good order: it is stopped, ended, or resized."""
+
+    def __init__(self) -> None:
+        self._asked: set[signal.Signals] = set()
+        self._wake = threading.Event()
+
+    def __enter__(self) -> Self:
+        numbers = (signal.SIGWINCH, signal.SIGTSTP, signal.SIGTERM)
+        asked = [one for one in numbers if signal.getsignal(one) != signal.SIG_IGN]
+        self._before = {one: signal.signal(one, self._note) for one in asked}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for one, handler in self._before.items():
+            signal.signal(one, handler)
+
+    def wait(self, seconds: float) -> set[signal.Signals]:
+        """Those that have come, after so long, or as soon as there is one."""
+        self._wake.wait(seconds)
+        self._wake.clear()
+        asked, self._asked = self._asked, set()
+        return asked
+
+    def _note(self, one: int, frame: FrameType | None) -> None:
+        self._asked.add(signal.Signals(one))
+        self._wake.set()
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """As many lines as the terminal has room for, and a last one."""
+
+    parts: list[RenderableType]
+    footer: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        room = (options.height or console.height) - 1
+        free = options.update(height=None)
+        rows = console.render_lines(Group(*self.parts), free, pad=False)
+        if len(rows) > room:
+            left_out = len(rows) - max(room - 1, 0)
+            more = Text(f"… {counted(left_out, 'more line')}", "dim", no_wrap=True)
+            rows = [*rows[: max(room - 1, 0)], *console.render_lines(more, free, pad=False)]
+        for row in rows[:room]:
+            yield from row
+            yield Segment.line()
+        yield Text(self.footer, "dim", no_wrap=True, overflow="ellipsis", end="")
+
+
+def _is_gone(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # a file server that does not answer may do so again
+        return False
+    return False
+
+
+def _gone(path: Path) -> RunDirectoryError:
+    return RunDirectoryError(f"{path} is gone: it was moved or deleted while it was watched")
 
 
 def _lines(watched: Watched | Several, interval: float) -> None:
@@ -140,6 +251,8 @@ def _lines(watched: Watched | Several, interval: float) -> None:
     while not watched.over:
         sys.stdout.flush()
         time.sleep(interval)
+        if _is_gone(watched.path):
+            raise _gone(watched.path)
         watched.refresh()
         for text in watched.news():
             console.print(text, markup=False)
@@ -150,11 +263,22 @@ def _lines(watched: Watched | Several, interval: float) -> None:
 
 
 @dataclass
+class Reading:
+    """The newest value of what not every line tells."""
+
+    value: float
+    since: float = 0.0
+    """Seconds of training that lines have told of since."""
+
+
+@dataclass
 class Seen:
     """What the lines of metrics.jsonl have told so far."""
 
     last: Record = field(default_factory=dict)
     recent: deque[Record] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    readings: dict[str, Reading] = field(default_factory=dict)
+    """Of memory and load, by name."""
     loss: list[tuple[float, float]] = field(default_factory=list)
     """(samples seen, loss), thinned out."""
 
@@ -163,6 +287,13 @@ class Seen:
             self.last = line
             self.recent.append(line)
             _note(self.loss, line, "loss")
+            spent = _spent(line)
+            for reading in self.readings.values():
+                reading.since += spent
+            for name in _LOAD:
+                value = number(line.get(name, pick(line, "counters", name)))
+                if value is not None:
+                    self.readings[name] = Reading(value)
 
 
 @dataclass
@@ -280,10 +411,10 @@ class Watched:
             return None
         return max(0.0, planned - status.samples_seen) / speed if speed else None
 
-    def show(self) -> list[RenderableType]:
-        """The whole view."""
+    def show(self, width: int = _WIDTH) -> list[RenderableType]:
+        """The whole view, the most important first; its curves are made for so many columns."""
         style = "red" if self.hangs or self.status.state == "failed" else ""
-        return [Text(self._head(), style=style), *(Text(line) for line in self._body())]
+        return [Text(self._head(), style=style), *(Text(line) for line in self._body(width))]
 
     def news(self) -> Iterator[str]:
         """What there is to say since the last call, in lines."""
@@ -319,15 +450,15 @@ class Watched:
         parts += [] if self.eta is None else [f"ETA {shown_duration(self.eta)}"]
         return "  ".join(parts)
 
-    def _body(self) -> Iterator[str]:
-        eta, extra = self.eta, self._spread()
+    def _body(self, width: int) -> Iterator[str]:
+        eta, extra = self.eta, self._spread() if width >= _ROOM_FOR_SPREAD else ""
         for line in progress_lines(self.status):
             if line.startswith("samples") and eta is not None:
                 line += f", ETA {shown_duration(eta)}"
             elif line.startswith("stage") and extra:
                 line += extra
             yield line
-        yield from self._curves()
+        yield from self._curves(width)
         yield from self._time()
         yield from self._stragglers()
         yield from self._resources()
@@ -345,17 +476,15 @@ class Watched:
             f"median {middle:,.0f})"
         )
 
-    def _curves(self) -> Iterator[str]:
+    def _curves(self, width: int) -> Iterator[str]:
         if self._seen.loss:
             values = [value for _, value in self._seen.loss]
-            yield (
-                f"loss      {sparkline(self._seen.loss)}  {values[0]:.4g} → {values[-1]:.4g}, "
-                f"least {min(values):.4g}"
-            )
+            words = f"  {values[0]:.4g} → {values[-1]:.4g}, least {min(values):.4g}"
+            yield _curve_line("loss      ", self._seen.loss, words, width)
         if self._told.accuracy:
             last, best = self._told.accuracy[-1][1], self._told.best
             most = "" if best is None else f", best {best:.2%}"
-            yield f"accuracy  {sparkline(self._told.accuracy)}  {last:.2%}{most}"
+            yield _curve_line("accuracy  ", self._told.accuracy, f"  {last:.2%}{most}", width)
 
     def _time(self) -> Iterator[str]:
         spent = Counter[str]()
@@ -388,22 +517,16 @@ class Watched:
         )
 
     def _resources(self) -> Iterator[str]:
-        parts = []
-        peak = number(self._seen.last.get("memory_peak_bytes"))
-        if peak is not None:
-            parts.append(f"peak {peak / 2**30:.2f} GiB")
-        counters = self._seen.last.get("counters")
-        counters = counters if isinstance(counters, dict) else {}
-        for name, unit, factor in (
-            ("cpu_percent", "% CPU", 1.0),
-            ("gpu_percent", "% GPU", 1.0),
-            ("gpu_memory_bytes", "GiB on the GPU", 2.0**30),
-        ):
-            value = number(counters.get(name))
-            if value is not None:
-                parts.append(f"{value / factor:.3g} {unit}")
-        if parts:
-            yield f"memory and load: {', '.join(parts)}"
+        """The newest readings, those of one age together."""
+        silence, by_age = self.silence or 0.0, dict[str, list[str]]()
+        for name, (words, unit) in _LOAD.items():
+            reading = self._seen.readings.get(name)
+            if reading is not None:
+                age = shown_duration(reading.since + silence)
+                by_age.setdefault(age, []).append(words.format(reading.value / unit))
+        if by_age:
+            told = (f"{', '.join(parts)} ({age} ago)" for age, parts in by_age.items())
+            yield f"memory and load: {', '.join(told)}"
 
     def _troubles(self) -> Iterator[str]:
         for name, follower in (("metrics.jsonl", self._metrics), ("events.jsonl", self._events)):
@@ -422,7 +545,7 @@ class Several:
     """The runs in a directory."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        self._path = path
+        self.path = path
         self._clock = clock
         self._runs: dict[Path, Watched] = {}
         self._scanned = -math.inf
@@ -431,7 +554,7 @@ class Several:
     def refresh(self) -> None:
         if self._clock() - self._scanned >= _RESCAN:
             self._scanned = self._clock()
-            paths = find_runs(self._path)
+            paths = find_runs(self.path)
             self._runs = {p: self._runs.get(p) or Watched(p, self._clock) for p in paths}
         for run in self._runs.values():
             run.refresh()
@@ -440,13 +563,18 @@ class Several:
     def over(self) -> bool:
         return bool(self._runs) and all(run.over for run in self._runs.values())
 
-    def show(self) -> list[RenderableType]:
+    def show(self, width: int = _WIDTH) -> list[RenderableType]:
+        """The table, without the columns that so narrow a terminal has no room for."""
         table = Table(box=None, pad_edge=False)
-        words = ("run", "state", "progress", "epoch", "ranks", "images/s", "attempts", "ETA")
-        for name in (*words, "last line"):
-            table.add_column(name, justify="left" if name in ("run", "state") else "right")
+        shown = [least <= width for least in _COLUMNS.values()]
+        for name in compress(_COLUMNS, shown):
+            left = name in ("run", "state")
+            table.add_column(
+                name, justify="left" if left else "right", no_wrap=name != "run", overflow="fold"
+            )
         for path, run in self._runs.items():
-            table.add_row(Text(self._name(path)), *_cells(run))
+            cells: list[Text | str] = [Text(self._name(path)), *_cells(run)]
+            table.add_row(*compress(cells, shown))
         done = sum(run.over for run in self._runs.values())
         return [table, Text(f"{done} of {counted(len(self._runs), 'run')} done")]
 
@@ -458,7 +586,7 @@ class Several:
                 yield f"{self._name(path)}  {line}"
 
     def _name(self, path: Path) -> str:
-        return one_line(str(path.relative_to(self._path)))
+        return one_line(str(path.relative_to(self.path)))
 
 
 def _cells(run: Watched) -> list[str]:
@@ -498,6 +626,12 @@ def sparkline(curve: Sequence[tuple[float, float]], width: int = _SPARKS) -> str
 
 def _between(low: float, value: float, high: float) -> float:
     return (value - low) / (high - low) if high > low else 0.5
+
+
+def _curve_line(name: str, curve: Sequence[tuple[float, float]], words: str, width: int) -> str:
+    """A curve between its name and words, on one line unless that leaves nothing of it."""
+    room = width - len(name) - len(words)
+    return f"{name}{sparkline(curve, max(1, min(_SPARKS, room)))}{words}"
 
 
 def _can_print(text: str) -> bool:

@@ -42,6 +42,7 @@ class Simulation:
         self.random = random.Random(seed)
         self.initial, self.factor, self.epochs, self.every = initial, factor, epochs, every
         self.name, self.reason, self.measured = name, reason, measured
+        self.hosts: int | None = None
         self.layers: list[dict[str, Any]] = []
         self.update = self.samples = self.stage = 0
         self.clock = datetime(2026, 3, 2, 9, 0, tzinfo=UTC)
@@ -207,7 +208,7 @@ class Simulation:
         path.mkdir(parents=True)
         (path / "config.yaml").write_text(yaml.safe_dump(self.config()), encoding="utf-8")
         (path / "plan.json").write_text(json.dumps(self.plan()), encoding="utf-8")
-        provenance = {
+        provenance: dict[str, Any] = {
             "started": "2026-03-02T09:00:00+00:00",
             "command": ["harness", "run", "configs/adabatch-digits.yaml"],
             "launcher": "horovodrun",
@@ -215,6 +216,9 @@ class Simulation:
             "host": {"name": "node-17", "cpu": "EPYC 9354", "cores": 32, "gpus": []},
             "versions": {"python": "3.11.9", "torch": "2.5.1", "horovod": "0.28.1"},
         }
+        if self.hosts is not None:
+            hosts = [{"host": f"n{number + 1}"} for number in range(self.hosts)]
+            provenance["communication"] = {"hosts": hosts}
         (path / "provenance.json").write_text(json.dumps(provenance), encoding="utf-8")
         (path / "metrics.jsonl").write_bytes(b"".join(map(encode, self.metrics)))
         (path / "events.jsonl").write_bytes(b"".join(map(encode, self.events)))

@@ -26,7 +26,16 @@ from harness.phases import DeviceClock, HostClock, copies_marked
 from harness.profiler import Profiler
 from harness.records import PHASES
 from harness.schema import Profile
-from harness.spread import SLOW, RankTime, Slowest, Stragglers, lines_needed, slowest
+from harness.spread import (
+    SLOW,
+    RankTime,
+    Slowest,
+    Stragglers,
+    chance_of,
+    least_wait,
+    lines_needed,
+    slowest,
+)
 from harness.trainer import Trainer
 
 
@@ -72,6 +81,15 @@ class TestTheHostsClock:
         ticking.spend(2.0)
         clock.mark("forward")
         assert (clock.lap(), clock.lap()) == (2.0, 0.0)
+
+    def test_remembers_the_last_waits_one_by_one(self, ticking: Ticking) -> None:
+        clock = HostClock()
+        for seconds in range(15):
+            for phase in ("forward", "comm_exposed"):
+                ticking.spend(float(seconds))
+                clock.mark(phase)
+            clock.take()
+        assert list(clock.waits) == [float(seconds) for seconds in range(5, 15)]
 
     @given(st.lists(st.tuples(st.sampled_from(PHASES), st.integers(0, 1000))))
     def test_phases_add_up_to_the_time_that_has_passed(
@@ -156,6 +174,16 @@ class TestTheGpusClock:
         stream.given += 16.0
         clock.restart()
         assert clock.take() == {**dict.fromkeys(PHASES, 0.0), "other": 1e-3}
+
+    def test_remembers_the_last_waits_once_they_are_known(self) -> None:
+        stream = Stream()
+        clock = DeviceClock(stream.event)
+        for milliseconds in (1.0, 2.0):
+            stream.given += milliseconds
+            clock.mark("comm_exposed")
+        assert list(clock.waits) == []
+        clock.take()
+        assert list(clock.waits) == [1e-3, 2e-3]
 
     def test_a_lap_is_the_hosts(self, ticking: Ticking) -> None:
         stream = Stream()
@@ -273,6 +301,44 @@ class TestTheSlowestRank:
         assert worst.ratio == pytest.approx(max(times) / median(others))
 
 
+class TestTheLeastWait:
+    def test_is_that_of_whoever_comes_last_in_each_update(self) -> None:
+        by_turns = [[0.01, 0.31, 0.01], [0.21, 0.01, 0.41]]
+        assert least_wait(by_turns) == pytest.approx(0.01)
+
+    def test_is_told_of_updates_that_all_ranks_know(self) -> None:
+        assert least_wait([[math.nan, 2.0, 3.0], [1.0, 4.0, 1.0]]) == 1.5
+        assert least_wait([[math.nan], [1.0]]) is None
+        assert least_wait([[], []]) is None
+
+    @given(st.lists(st.lists(st.floats(0, 10), min_size=4, max_size=4), min_size=1, max_size=5))
+    def test_is_no_more_than_any_rank_s_mean(self, waits: list[list[float]]) -> None:
+        least = least_wait(waits)
+        assert least is not None
+        assert all(least <= sum(one) / 4 + 1e-9 for one in waits)
+
+
+class TestTheChanceOfLot:
+    @given(st.integers(1, 40), st.integers(2, 9))
+    def test_is_the_binomial_tail_times_the_ranks(self, lines: int, count: int) -> None:
+        for times in range(lines + 1):
+            ways = [
+                math.comb(lines, k) * (count - 1) ** (lines - k) for k in range(times, lines + 1)
+            ]
+            expected = min(1.0, count * sum(ways) / count**lines)
+            assert chance_of(times, lines, count) == pytest.approx(expected, rel=1e-6)
+
+    @given(st.integers(2, 5000))
+    def test_of_all_lines_is_what_makes_a_straggler(self, count: int) -> None:
+        needed = lines_needed(count)
+        assert chance_of(needed, needed, count) == pytest.approx(count ** (1.0 - needed), rel=1e-6)
+
+    def test_can_be_told_of_a_long_run(self) -> None:
+        assert chance_of(50_000, 100_000, 2) == 1.0
+        assert chance_of(51_000, 100_000, 2) < 1e-8
+        assert chance_of(100_000, 100_000, 2) == 0.0
+
+
 class TestStragglers:
     @given(st.integers(2, 5000))
     def test_chance_alone_seldom_makes_one(self, count: int) -> None:
@@ -332,6 +398,7 @@ def facts(comm: ThreadCommunicator, updates: int, **settings: bool) -> Any:
     profiler = Profiler(Profile(**settings), comm, Path("unused"))
     slow = {"forward": 1.0 + comm.rank, "comm_exposed": 9.0 - comm.rank}
     profiler.clock = Slowed(slow)
+    profiler.clock.waits.extend(1.0 if i == comm.rank else 5.0 for i in range(10))
     told = []
     for update in range(1, 31):
         profiler.begin(update)
@@ -356,7 +423,9 @@ class TestTheLine:
             "slowest_rank": 2,
             "slowest_host": told["rank_seconds"]["slowest_host"],
             "phase": "forward",
+            "ratio": pytest.approx(2.0),
             "updates": 10,
+            "wait_least": 3.8,
         }
         assert told["memory_peak_bytes"] > 2**20
 

@@ -19,7 +19,10 @@ from harness.records import encode
 from harness.report import build_report, columns
 from harness.report.columns import read_columns
 from harness.report.goodput import goodputs_of, statistical_efficiency
+from harness.report.runs import load_run
 from harness.report.scaling import Point, series_of
+from harness.report.timing import timing_of_run
+from harness.report.waiting import exchange_of
 
 
 def text_of(index: Path) -> str:
@@ -267,6 +270,145 @@ def test_a_slow_rank_is_named_and_a_usual_spread_is_not(tmp_path: Path, slow: bo
         assert named[0].startswith("Rank 3 on Node-3 is slower")
         assert "busy 1.6 times as long" in named[0]
         assert "most of it in forward" in named[0]
+
+
+def test_a_rank_that_lot_would_name_is_not(tmp_path: Path) -> None:
+    """Of two ranks one is always the slowest in half of the comparisons, and by a fifth or more on
+    a machine that has other things to do."""
+    run = planted()
+    for place, line in enumerate(run.metrics):
+        line["ranks"] = 2
+        line["rank_seconds"] = {
+            "busy_max": 1.3, "busy_median": 1.0, "slowest_rank": int(place % 5 < 2),
+            "slowest_host": "n1", "phase": "forward", "ratio": 1.5,
+        }  # fmt: skip
+    assert findings_of(build_report([run.write(tmp_path / "run")])) == {}
+
+
+def test_a_rank_with_more_to_do_is_not_slow(tmp_path: Path) -> None:
+    run = planted()
+    for line in run.metrics:
+        line["rank_seconds"] = {
+            "busy_max": 2.0, "busy_median": 1.5, "slowest_rank": 0, "slowest_host": "n1",
+            "phase": "forward", "ratio": 1.0,
+        }  # fmt: skip
+    assert findings_of(build_report([run.write(tmp_path / "run")])) == {}
+
+
+def findings_of(index: Path) -> dict[str, dict[str, Any]]:
+    return {one["kind"]: one for one in summary_of(index)["runs"][0]["findings"]}
+
+
+def exchanging(busy: list[float], sums: float, hosts: int = 2, **more: Any) -> Simulation:
+    """A run of ranks that are busy for so long in each update, and then sum for so long."""
+    run = Simulation(epochs=4).run(restart_at=None)
+    middle = float(np.median(busy))
+    for line in run.metrics:
+        # Rank 0's, of `every` updates.
+        seconds = {"forward": busy[0] / 3, "backward": busy[0] * 2 / 3}
+        seconds["comm_exposed"] = max(busy) - busy[0] + sums
+        line["seconds"] = {phase: seconds.get(phase, 0.0) * run.every for phase in PHASES}
+        line |= {"ranks": len(busy), "accumulation": 1, "micro_batch": 32, "global_batch": 64}
+        line["rank_seconds"] = {
+            "busy_max": 10 * max(busy), "busy_median": 10 * middle,
+            "slowest_rank": busy.index(max(busy)), "slowest_host": "n2", "phase": "forward",
+            "ratio": max(busy) / min(busy), "updates": 10, "wait_least": sums, **more,
+        }  # fmt: skip
+    run.hosts = hosts
+    return run
+
+
+def test_a_slow_link_is_told_from_a_slow_rank(tmp_path: Path) -> None:
+    run = exchanging([0.02, 0.02], sums=0.08)
+    index = build_report([run.write(tmp_path / "run")])
+    found = findings_of(index)
+    assert found.keys() == {"link"}
+    text = found["link"]["text"]
+    assert text.startswith("Exposed communication takes 80.00\xa0% of each update, more than any")
+    assert "The sums over ranks take it, not a slow rank: 80 ms of each update" in text
+    assert "training would be 5 times as fast at most" in text
+    numbers = {one["name"]: one["value"] for one in summary_of(index)["runs"][0]["numbers"]}
+    assert numbers["share_sums"] == pytest.approx(0.8)
+    assert numbers["share_waiting_for_ranks"] == pytest.approx(0, abs=1e-9)
+    # Of two ranks, each sends and receives the gradients once.
+    assert numbers["bus_bytes_per_update"] == pytest.approx(246_824)
+    assert numbers["bus_bandwidth_high"] == pytest.approx(246_824 * 8 / 0.08)
+    assert numbers["bus_bandwidth_low"] == pytest.approx(246_824 * 8 / (0.08 + 0.02 * 2 / 3))
+    assert "246.8 kB per update go at 21.16 Mbit/s to 24.68 Mbit/s between hosts" in text
+
+
+def test_ranks_of_one_host_have_no_link(tmp_path: Path) -> None:
+    run = exchanging([0.02, 0.02], sums=0.08, hosts=1)
+    found = findings_of(build_report([run.write(tmp_path / "run")]))
+    assert found.keys() == {"sums"}
+    assert "between ranks of one host" in found["sums"]["text"]
+    assert "link" not in found["sums"]["text"]
+
+
+@pytest.mark.parametrize("slow", [0, 1, 3])
+def test_waiting_for_a_slow_rank_is_not_put_down_to_the_link(tmp_path: Path, slow: int) -> None:
+    busy = [0.02] * 4
+    busy[slow] = 0.2
+    index = build_report([exchanging(busy, sums=0.01).write(tmp_path / "run")])
+    found = findings_of(index)
+    assert found.keys() == {"straggler"}
+    assert "the median rank spends 85.71" in found["straggler"]["text"]
+    assert "comm.compression" not in " ".join(summary_of(index)["causes"])
+
+
+def test_a_slow_rank_and_a_slow_link_are_both_named(tmp_path: Path) -> None:
+    run = exchanging([0.02, 0.1, 0.02], sums=0.08)
+    found = findings_of(build_report([run.write(tmp_path / "run")]))
+    assert list(found) == ["straggler", "link"]
+    assert "not a slow rank" not in found["link"]["text"]
+
+
+def test_ranks_that_hold_each_other_up_by_turns_are_no_slow_link(tmp_path: Path) -> None:
+    """As where they share cores: each waits for the other, over ten updates they are alike."""
+    run = exchanging([0.05, 0.05], sums=0.005)
+    for line in run.metrics:
+        line["seconds"]["comm_exposed"] += 0.045 * run.every
+    found = findings_of(build_report([run.write(tmp_path / "run")]))
+    assert found.keys() == {"uneven"}
+    assert found["uneven"]["text"].startswith("Waiting for ranks that come later takes 45.00\xa0%")
+    assert "Cores that ranks share" in found["uneven"]["text"]
+    assert found["uneven"]["share"] == pytest.approx(0.45)
+
+
+def test_few_comparisons_tell_no_slow_rank_from_chance(tmp_path: Path) -> None:
+    run = exchanging([0.02, 0.1], sums=0.001)
+    for line in run.metrics[4:]:
+        del line["rank_seconds"]
+    found = findings_of(build_report([run.write(tmp_path / "run")]))
+    assert found.keys() == {"uneven"}
+    assert "So may rank 1 on n2: 4 comparisons are too few" in found["uneven"]["text"]
+
+
+def test_micro_batches_that_do_not_divide_evenly_are_named(tmp_path: Path) -> None:
+    run = exchanging([0.1, 0.05], sums=0.001, ratio=0.95)
+    for line in run.metrics:
+        line["global_batch"] = 96
+    found = findings_of(build_report([run.write(tmp_path / "run")]))
+    assert found.keys() == {"uneven"}
+    assert "3 micro-batches do not divide evenly among 2 ranks" in found["uneven"]["text"]
+
+
+@given(st.lists(st.floats(1e-4, 1.0), min_size=2, max_size=6), st.floats(0, 1.0), st.booleans())
+def test_parts_of_an_update_are_never_more_than_it(
+    tmp_path_factory: pytest.TempPathFactory, busy: list[float], sums: float, least: bool
+) -> None:
+    run = exchanging(busy, sums=sums, **({} if least else {"wait_least": 9.0}))
+    loaded = load_run(run.write(tmp_path_factory.mktemp("runs") / "run"), 1)
+    timing = timing_of_run(loaded)
+    assert timing is not None
+    exchange = exchange_of(loaded, timing.seconds)
+    if exchange is None:
+        assert timing.share("comm_exposed") == 0
+        return
+    assert 0 <= exchange.waiting_share <= 1
+    assert 0 <= exchange.sums_share <= timing.share("comm_exposed")
+    for low, high in filter(None, [exchange.bandwidth]):
+        assert 0 < low <= high
 
 
 def test_a_straggler_event_is_enough(tmp_path: Path) -> None:

@@ -26,6 +26,12 @@ pytest.importorskip("tensorboard")
 
 DEMO = str(ROOT / "configs" / "adabatch-digits.yaml")
 Points = dict[str, list[tuple[int, float]]]
+TRAIN = (
+    *("loss", "lr", "momentum", "global_batch", "grad_norm", "noise_scale", "distance_from_init"),
+    "epoch",
+)
+SPEED = ("images_per_sec", "ranks", "accumulation", "memory_peak_bytes")
+TEST = ("loss", "accuracy", "accuracy_top5")
 
 
 def points(run: Path) -> Points:
@@ -41,31 +47,35 @@ def points(run: Path) -> Points:
 
 
 def told(run: Path) -> Points:
-    """What the records have of some of the same."""
-    lines = [r for r in read_jsonl(run / "metrics.jsonl") if r]
-    evaluations = [
-        r for r in read_jsonl(run / "events.jsonl") if r and r.get("kind") == "evaluation"
-    ]
-    sources = {
-        "train/loss": (lines, "loss"),
-        "train/global_batch": (lines, "global_batch"),
-        "train/noise_scale": (lines, "noise_scale"),
-        "test/accuracy": (evaluations, "accuracy"),
-    }
-    return {
-        tag: [
-            (record["samples_seen"], record[key]) for record in records if record[key] is not None
-        ]
-        for tag, (records, key) in sources.items()
-    }
+    """What the records have of the same."""
+    found: Points = {}
+    for record in filter(None, read_jsonl(run / "metrics.jsonl")):
+        values = {f"train/{name}": record.get(name) for name in TRAIN}
+        values |= {f"speed/{name}": record.get(name) for name in SPEED}
+        for name, key in (("slowest", "busy_max"), ("median", "busy_median")):
+            values[f"speed/{name}_rank_busy_seconds"] = (record.get("rank_seconds") or {}).get(key)
+        total = sum(record["seconds"].values())
+        values |= {f"time/{name}": spent / total for name, spent in record["seconds"].items()}
+        note(found, record, values)
+    for record in filter(None, read_jsonl(run / "events.jsonl")):
+        if record.get("kind") == "evaluation":
+            note(found, record, {f"test/{name}": record.get(name) for name in TEST})
+    return found
+
+
+def note(found: Points, record: Record, values: dict[str, float | None]) -> None:
+    for tag, value in values.items():
+        if value is not None:
+            found.setdefault(tag, []).append((record["samples_seen"], value))
 
 
 def assert_equal(run: Path) -> None:
-    shown = points(run)
-    for tag, expected in told(run).items():
-        assert [step for step, _ in shown.get(tag, [])] == [step for step, _ in expected], tag
-        assert [value for _, value in shown.get(tag, [])] == pytest.approx(
-            [value for _, value in expected], rel=1e-6
+    shown, expected = points(run), told(run)
+    assert shown.keys() == expected.keys()
+    for tag in expected:
+        assert [step for step, _ in shown[tag]] == [step for step, _ in expected[tag]], tag
+        assert [value for _, value in shown[tag]] == pytest.approx(
+            [value for _, value in expected[tag]], rel=1e-6
         )
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
 import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -195,6 +200,21 @@ class TestFollower:
 
 
 # One run
+
+
+def test_the_newest_readings_are_shown_with_their_age(tmp_path: Path) -> None:
+    """Load is read once a second, memory compared every ten updates; lines may come more often."""
+    metrics = [line(64 * k, memory_peak_bytes=None, counters=None) for k in range(1, 13)]
+    metrics[2] |= {"memory_peak_bytes": 2**29, "counters": {"cpu_percent": 11.0}}
+    metrics[4]["counters"] = {"cpu_percent": 87.0, "gpu_percent": None, "net_sent_bytes": 5}
+    metrics[9]["memory_peak_bytes"] = 2**30
+    shown = seen(write(tmp_path / "r", metrics, [START]), later=20)
+    # A line takes a second.
+    assert "memory and load: peak 1.00 GiB (22s ago), 87 % CPU (27s ago)" in shown
+
+
+def test_without_a_reading_nothing_is_said_of_load(tmp_path: Path) -> None:
+    assert "memory" not in seen(write(tmp_path / "r", [line(64, counters=[])], [START]))
 
 
 def test_a_running_job(tmp_path: Path) -> None:
@@ -533,37 +553,191 @@ def test_ctrl_c_ends_it_quietly(tmp_path: Path) -> None:
         assert process.stderr.read() == ""
 
 
-def test_a_terminal_is_redrawn(tmp_path: Path) -> None:
-    path = write(tmp_path / "r", [line(640)], [START])
-    ours, theirs = pty.openpty()
-    heard = bytearray()
+# Makes the terminal on standard input the controlling one, which typed keys and sizes need.
+CONTROLLED = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "harness", "watch", *sys.argv[1:]])
+"""
+SHOW_CURSOR, OTHER_SCREEN, USUAL_SCREEN = "\x1b[?25h", "\x1b[?1049h", "\x1b[?1049l"
 
-    def listen() -> None:
-        while True:
-            try:
-                content = os.read(ours, 65536)
-            except OSError:
-                return
-            heard.extend(content)
 
-    def wait_for(text: str) -> None:
+class Terminal:
+    """A terminal of that size on which ``harness watch`` runs, until the ``with`` block is left."""
+
+    def __init__(
+        self, path: Path, columns: int, rows: int, interval: float = 0.1, term: str = "xterm"
+    ) -> None:
+        self._ours, theirs = pty.openpty()
+        self.resize(columns, rows)
+        variables = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CONTROLLED, str(path), "--interval", str(interval)],
+            stdin=theirs, stdout=theirs, stderr=theirs, env={**variables, "TERM": term},
+            start_new_session=True,
+        )  # fmt: skip
+        os.close(theirs)
+        self._heard = bytearray()
+        self._listener = threading.Thread(target=self._listen)
+        self._listener.start()
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.end()
+        os.close(self._ours)
+
+    def resize(self, columns: int, rows: int) -> None:
+        fcntl.ioctl(self._ours, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def type(self, keys: str) -> None:
+        os.write(self._ours, keys.encode())
+
+    def wait_for(self, text: str, since: int = 0) -> None:
         deadline = time.monotonic() + 60
-        while text not in heard.decode(errors="replace"):
-            assert time.monotonic() < deadline, heard.decode(errors="replace")
+        while text not in self.heard[since:]:
+            assert time.monotonic() < deadline, self.heard
             time.sleep(0.02)
 
-    variables = {**os.environ, "TERM": "xterm", "COLUMNS": "150", "LINES": "40"}
-    with started(path, stdin=theirs, stdout=theirs, stderr=theirs, env=variables) as process:
-        os.close(theirs)
-        listener = threading.Thread(target=listen)
-        listener.start()
-        wait_for("refreshed in")
+    def end(self) -> int:
+        """The exit code, once all that was written has been heard."""
+        code = self.process.wait(60)
+        self._listener.join(60)
+        return code
+
+    @property
+    def heard(self) -> str:
+        return self._heard.decode(errors="replace")
+
+    @property
+    def frames(self) -> list[list[str]]:
+        """The lines of each view that was drawn on the other screen as a whole."""
+        drawn = self.heard.split("\x1b[H")[1:-1]
+        return [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).split("\r\n") for text in drawn]
+
+    @property
+    def left(self) -> str:
+        """What stays on the usual screen."""
+        return self.heard.rpartition(USUAL_SCREEN)[2]
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                content = os.read(self._ours, 65536)
+            except OSError:
+                return
+            self._heard.extend(content)
+
+
+def busy_run(path: Path) -> Path:
+    """With something to say on every line of the view."""
+    metrics = [line(64 * k, images_per_sec=90.0 + k) for k in range(1, 80)]
+    metrics[-1]["counters"] = {"cpu_percent": 87.0}
+    told = {"kind": "warning", "reason": "words " * 30}
+    events = [START, *(evaluation(640 * k, k / 9) for k in range(1, 9)), *[told] * 9]
+    return write(path, metrics, events)
+
+
+@pytest.fixture(scope="module")
+def busy_shown(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    run = Watched(busy_run(tmp_path_factory.mktemp("busy") / "r"), lambda: NOW)
+    run.refresh()
+    return run
+
+
+def test_a_terminal_is_redrawn(tmp_path: Path) -> None:
+    path = write(tmp_path / "r", [line(640)], [START])
+    with Terminal(path, 150, 40) as terminal:
+        terminal.wait_for("refreshed in")
         add(path / "metrics.jsonl", line(1280))
-        wait_for("1,280")
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
-        listener.join(60)
-    os.close(ours)
-    shown = heard.decode(errors="replace")
-    assert "Traceback" not in shown
-    assert "\x1b[?25h" in shown  # the cursor is back
+        terminal.wait_for("1,280")
+        terminal.type("\x03")
+        assert terminal.end() == 0
+    assert "Traceback" not in terminal.heard
+    assert "samples seen: 1,280" in terminal.left  # as it was last
+    assert terminal.heard.count(OTHER_SCREEN) == terminal.heard.count(USUAL_SCREEN) == 1
+    assert SHOW_CURSOR in terminal.heard.rpartition("\x1b[?25l")[2]
+
+
+def test_the_view_fits_a_terminal_that_changes_its_size(tmp_path: Path) -> None:
+    sizes = [(80, 24), (40, 12), (120, 50)]
+    path = busy_run(tmp_path / "r")
+    with Terminal(path, *sizes[0], interval=30) as terminal:  # drawn anew when it is resized
+        terminal.wait_for("Ctrl-C ends this")
+        for size in sizes[1:]:
+            before = len(terminal.heard)
+            terminal.resize(*size)
+            terminal.wait_for("\x1b[H", before)
+        terminal.wait_for("Ctrl-C ends this", before)
+        terminal.type("\x03")
+        assert terminal.end() == 0
+        frames = [*terminal.frames, terminal.heard.split("\x1b[H")[-1].split("\r\n")[:50]]
+    assert len(frames) >= len(sizes)
+    for (columns, rows), frame in zip(sizes, [frames[0], frames[1], frames[-1]], strict=True):
+        assert len(frame) == rows
+        assert frame[0].startswith("run: running")
+        assert all(len(text) <= columns for text in frame[:-1])
+    assert frames[1][-2].startswith("… ")
+    assert frames[1][-2].rstrip().endswith(" more lines")
+    assert any(text.startswith("memory and load: 87 % CPU") for text in frames[-1])
+
+
+@pytest.mark.parametrize("term", ["dumb", ""])
+def test_a_terminal_that_cannot_be_redrawn_gets_lines(term: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "r", [line(640)], [START])
+    with Terminal(path, 80, 24, term=term) as terminal:
+        terminal.wait_for("start: 2 ranks")
+        add(path / "events.jsonl", END)
+        assert terminal.end() == 0
+    assert "\x1b" not in terminal.heard
+    assert terminal.heard.rstrip().endswith("end")
+
+
+def test_a_signal_that_ends_it_leaves_the_terminal_as_it_was(tmp_path: Path) -> None:
+    path = write(tmp_path / "r", [line(640)], [START])
+    with Terminal(path, 80, 24, interval=30) as terminal:
+        terminal.wait_for("Ctrl-C ends this")
+        terminal.process.terminate()
+        assert terminal.end() == 143
+    assert SHOW_CURSOR in terminal.heard.rpartition("\x1b[?25l")[2]
+    assert "samples seen: 640" in terminal.left
+
+
+def test_ctrl_z_gives_the_terminal_back_until_it_goes_on(tmp_path: Path) -> None:
+    path = write(tmp_path / "r", [line(640)], [START])
+    with Terminal(path, 80, 24, interval=30) as terminal:
+        terminal.wait_for("Ctrl-C ends this")
+        terminal.type("\x1a")
+        terminal.wait_for(USUAL_SCREEN)
+        watcher = psutil.Process(terminal.process.pid)
+        while watcher.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.01)
+        before = len(terminal.heard)
+        watcher.resume()
+        terminal.wait_for(OTHER_SCREEN, before)
+        terminal.wait_for("Ctrl-C ends this", before)
+        terminal.type("\x03")
+        assert terminal.end() == 0
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_run_directory_that_goes_ends_it_with_a_message(drawn: bool, tmp_path: Path) -> None:
+    path = write(tmp_path / "r", [line(640)], [START])
+    with Terminal(path, 120, 24, term="xterm" if drawn else "dumb") as terminal:
+        terminal.wait_for("start: 2 ranks")
+        path.rename(tmp_path / "elsewhere")
+        assert terminal.end() == 2
+    message = f"harness: {path} is gone: it was moved or deleted while it was watched"
+    assert message in " ".join(terminal.left.split("\r\n"))
+    assert "Traceback" not in terminal.heard
+
+
+@given(st.integers(1, 250), st.integers(1, 70))
+def test_it_fits_every_size(busy_shown: Watched, columns: int, rows: int) -> None:
+    console = Console(file=io.StringIO(), width=columns, height=rows)
+    fitted = watch._Fitted(busy_shown.show(columns), "refreshed in 1.0 ms, every 1 s")
+    lines = console.render_lines(fitted, console.options, pad=False)
+    assert len(lines) <= rows
+    assert all(sum(part.cell_length for part in row) <= columns for row in lines)

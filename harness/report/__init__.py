@@ -11,6 +11,7 @@ scaling_view.py  what the scaling model says of a series
 probes.py        what a probe found; network.py  the links that it tells the scaling model
 paper.py         what a recipe's source prints, beside what was measured
 goodput.py       statistical efficiency; timing.py  where the time goes, stragglers, causes
+waiting.py       what exposed communication consists of: sums, and waiting for ranks
 svg.py           from a picture to SVG (with the figures all that loads matplotlib)
 figures.py       the curves; opening.py  the four figures of the first screen; bandwidth.py  that of
                  probes

@@ -46,6 +46,7 @@ from harness.report.timing import (
     timing_of_point,
     timing_of_run,
 )
+from harness.report.waiting import exchange_numbers, exchange_of
 from harness.scaling.steptime import Wire
 
 if TYPE_CHECKING:
@@ -400,7 +401,11 @@ def _views(runs: list[Run]) -> list[RunView]:
 def _view(run: Run, numbers: Summary, peers: list[tuple[Run, Summary]], room: int) -> RunView:
     stages = tables.stage_rows(run)
     timing, straggler = timing_of_run(run), straggler_of(run)
-    communication = list(sections.communication_numbers(run, numbers))
+    exchange = exchange_of(run, timing.seconds) if timing else None
+    communication = [
+        *sections.communication_numbers(run, numbers),
+        *exchange_numbers(exchange),
+    ]
     ranks = list(sections.rank_numbers(run, straggler))
     for more in (*sections.time_numbers(timing), *communication, *ranks):
         numbers[more.name] = more
@@ -418,7 +423,7 @@ def _view(run: Run, numbers: Summary, peers: list[tuple[Run, Summary]], room: in
         provenance=_flat(run.records.provenance, room),
         timing=timing,
         straggler=straggler,
-        findings=findings(timing, straggler),
+        findings=findings(timing, straggler, exchange),
         communication=communication,
         ranks=ranks,
     )
@@ -431,7 +436,7 @@ def _bench_view(bench: Bench) -> BenchView:
     return BenchView(
         bench=bench,
         numbers=sections.bench_numbers(bench),
-        findings=findings(timing, None),
+        findings=findings(timing, None, None),
         machine=_flat(bench.get("machine"), TABLE_ROWS),
     )
 
@@ -566,7 +571,7 @@ def _page(report: Report, figures: list[Figure]) -> bytes:
     environment.filters |= {name: getattr(fields, name) for name in names}
     environment.filters |= {
         "sentence": fields.sentence,
-        "unit_text": sections.unit_text,
+        "unit_text": fields.unit_text,
         "phase_name": phase_name,
     }
     runs = report.runs

@@ -97,3 +97,35 @@ def duration(seconds: float | None) -> str:
             big, rest = divmod(whole, size)
             return f"{big:,} {unit} {rest // small_size} {small}".replace(" ", "\N{NO-BREAK SPACE}")
     return f"{seconds:.1f}\N{NO-BREAK SPACE}s"
+
+
+def short_time(seconds: float) -> str:
+    """A short time in the unit that suits it."""
+    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if seconds >= size:
+            return f"{general(seconds / size, 3)} {unit}"
+    return f"{general(seconds, 2)} s"
+
+
+_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_SHORT = {"bytes": "B", "bit/s": "bit/s"}
+"""Units that take a prefix, as they look behind one."""
+
+
+def unit_text(value: float | None, unit: str) -> str:
+    """A number of the summary as people read it."""
+    if unit in _SHORT and value is not None:
+        for size, prefix in _PREFIXES:
+            if abs(value) >= size:
+                return f"{general(value / size)} {prefix}{_SHORT[unit]}"
+    if unit == "fraction":
+        return percent(value)
+    if unit == "s" and value is not None and value < 1:
+        return f"{general(1e3 * value)} ms"
+    if unit == "s":
+        return duration(value)
+    if unit == "%":
+        return f"{general(value, 3)} %"
+    return (
+        general(value) if value is None or unit in ("ratio", "rank") else f"{general(value)} {unit}"
+    )

@@ -7,7 +7,16 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from harness.report import sections
-from harness.report.fields import clean, count, duration, general, percent, scrub, sentence
+from harness.report.fields import (
+    clean,
+    count,
+    duration,
+    general,
+    percent,
+    scrub,
+    sentence,
+    unit_text,
+)
 from harness.report.probes import LINE_COLUMNS
 from harness.report.timing import phase_name, phases_of
 
@@ -134,7 +143,7 @@ def _time(report: Report) -> str:
     rows = [
         (
             timing.label,
-            sections.unit_text(timing.total, "s"),
+            unit_text(timing.total, "s"),
             *(percent(timing.share(phase)) for phase in phases),
         )
         for timing in report.timings

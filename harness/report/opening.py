@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from harness.report.columns import Array
 from harness.report.curves import bins, curve, extremes, means
-from harness.report.fields import clean, count, general, percent, sentence
+from harness.report.fields import clean, count, general, percent, sentence, short_time
 from harness.report.figures import ONE_COUNT, OPENING, Line, evaluations_of, look, plot, short
 from harness.report.goodput import Goodputs, Progress
 from harness.report.runs import Run
@@ -297,21 +297,13 @@ def _stacked_bars(axes: Axes, shown: list[Timing], phases: list[str]) -> None:
                   edgecolor=PAPER, lw=0.8, label=part.name)  # fmt: skip
         left += shares
     for place, timing in enumerate(shown):
-        axes.text(1.01, place, duration_of(timing.total), va="center", ha="left", fontsize=10)
+        axes.text(1.01, place, short_time(timing.total), va="center", ha="left", fontsize=10)
     axes.set_yticks(places, [clean(timing.label, 18) for timing in shown])
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.grid(visible=False, axis="y")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}"))
     axes.set_xlabel("Share of an update's time, %")
-
-
-def duration_of(seconds: float) -> str:
-    """A short time in the unit that suits it."""
-    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= size:
-            return f"{general(seconds / size, 3)} {unit}"
-    return f"{general(seconds, 2)} s"
 
 
 def over_the_run(run: Run) -> Figure:

@@ -11,7 +11,6 @@ from harness.report.benches import Bench
 from harness.report.fields import (
     clean,
     count,
-    duration,
     general,
     instant,
     percent,
@@ -157,8 +156,8 @@ def rank_numbers(run: Run, straggler: Straggler | None) -> Iterator[Number]:
         yield Number("compared_windows", straggler.compared, "windows",
                      lines + "lines with rank_seconds")  # fmt: skip
         yield Number("slowest_rank_ratio", straggler.ratio, "ratio",
-                     lines + "median of rank_seconds.busy_max / busy_median where slowest_rank "
-                     "was the slowest")  # fmt: skip
+                     lines + "median of rank_seconds.ratio (without it busy_max / busy_median) "
+                     "where slowest_rank was the slowest")  # fmt: skip
         yield Number("straggler_events", straggler.events, "events",
                      "events.jsonl: lines of kind straggler with that rank")  # fmt: skip
     peak = run.columns.largest("memory_peak_bytes")
@@ -226,22 +225,3 @@ def scaling_json(one: Series, model: Modelled | str, goodput: Goodputs | None) -
             for s in one.scaled()
         ],
     }
-
-
-def unit_text(value: float | None, unit: str) -> str:
-    """A number of the summary as people read it."""
-    if unit == "bytes" and value is not None:
-        for size, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-            if abs(value) >= size:
-                return f"{general(value / size)} {name}"
-    if unit == "fraction":
-        return percent(value)
-    if unit == "s" and value is not None and value < 1:
-        return f"{general(1e3 * value)} ms"
-    if unit == "s":
-        return duration(value)
-    if unit == "%":
-        return f"{general(value, 3)} %"
-    return (
-        general(value) if value is None or unit in ("ratio", "rank") else f"{general(value)} {unit}"
-    )

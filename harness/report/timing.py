@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.records import PHASES
-from harness.report.fields import clean, count, general, percent, sentence
+from harness.report.fields import clean, count, general, percent, sentence, short_time, unit_text
 from harness.report.runs import Run
 from harness.report.scaling import Point, per_update, phase_table, updates_of_windows
+from harness.report.waiting import Exchange
+from harness.spread import CHANCE, chance_of
 
 PHASE_NAMES = {
     "data": "waiting for data",
@@ -31,7 +33,8 @@ choice: without it training would be a quarter faster or more."""
 SLOW_RANK = 1.1
 """A rank is named that was busy this many times as long as the others' median, or longer, ..."""
 SLOW_WINDOWS = 0.5
-"""... as the median of the windows in which it was the slowest, if those are this share of all."""
+"""... as the median of the windows in which it was the slowest, if those are this share of all, and
+more than lot would give it."""
 FEWEST_WINDOWS = 3
 
 _ADVICE = {
@@ -39,7 +42,9 @@ _ADVICE = {
     "images would feed the ranks faster.",
     "to_device": "Fewer and larger copies would help: a larger micro-batch.",
     "comm_exposed": "Compression (comm.compression), more accumulation or a faster link would "
-    "shorten it; harness probe measures the link.",
+    "shorten it; harness probe measures what the link can do.",
+    "sums": "Compression (comm.compression) or more accumulation would shorten it, and so would "
+    "cores that the ranks need not share.",
     "optimizer": "A larger global batch makes fewer steps for the same samples; a simpler "
     "optimizer makes shorter ones.",
     "other": "It is time that no phase accounts for; a trace shows what it is.",
@@ -73,15 +78,25 @@ class Straggler:
     """In which it was the slowest, ..."""
     compared: int
     """... of so many in which ranks were compared."""
+    ranks: int
+    """Of the run, two at least."""
     ratio: float
-    """Median of busy_max / busy_median over these windows."""
+    """Median over these windows of how many times as long as the others it was busy."""
     events: int
     """``straggler`` lines of events.jsonl that name it."""
 
     @property
     def slow(self) -> bool:
+        if self.events or self.ratio < SLOW_RANK:
+            return self.events > 0
         often = self.windows >= max(FEWEST_WINDOWS, SLOW_WINDOWS * self.compared)
-        return self.events > 0 or (often and self.ratio >= SLOW_RANK)
+        return often and chance_of(self.windows, self.compared, self.ranks) <= CHANCE
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it may be slow, but there are too few comparisons to tell."""
+        few = chance_of(self.compared, self.compared, self.ranks) > CHANCE
+        return few and not self.slow and self.ratio >= SLOW_RANK
 
     @property
     def where(self) -> str:
@@ -138,6 +153,10 @@ def straggler_of(run: Run) -> Straggler | None:
     ranks = columns["rank_seconds.slowest_rank"]
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = columns["rank_seconds.busy_max"] / columns["rank_seconds.busy_median"]
+    if "rank_seconds.ratio" in columns.values:  # for equal work; null where that cannot be told
+        ratios = np.where(
+            np.isnan(columns["rank_seconds.ratio"]), 1.0, columns["rank_seconds.ratio"]
+        )
     compared = ~np.isnan(ranks) & np.isfinite(ratios)
     named = [event.get("rank") for event in run.events("straggler")]
     told = [rank for rank in named if isinstance(rank, int) and not isinstance(rank, bool)]
@@ -154,6 +173,7 @@ def straggler_of(run: Run) -> Straggler | None:
         phase=_most(run, "rank_seconds.phase", own),
         windows=int(own.sum()),
         compared=int(compared.sum()),
+        ranks=max(2, int(columns.largest("ranks") or 0), int(ranks[compared].max()) + 1),
         ratio=float(np.median(ratios[own])),
         events=told.count(rank),
     )
@@ -169,6 +189,7 @@ def _told(run: Run, rank: int, told: list[int]) -> Straggler:
         phase=clean(event["phase"], 40) if isinstance(event.get("phase"), str) else None,
         windows=0,
         compared=0,
+        ranks=2,
         ratio=float(ratio) if isinstance(ratio, int | float) else 1.0,
         events=told.count(rank),
     )
@@ -181,16 +202,18 @@ def _most(run: Run, name: str, chosen: np.ndarray[tuple[int], np.dtype[np.bool_]
     return run.columns.texts[int(np.bincount(known).argmax())] if known.size else None
 
 
-def findings(timing: Timing | None, straggler: Straggler | None) -> list[Finding]:
-    """What takes more of the time than it should, the largest first."""
-    found = list(_phases(timing, straggler)) if timing else []
+def findings(
+    timing: Timing | None, straggler: Straggler | None, exchange: Exchange | None
+) -> list[Finding]:
+    """What takes more of the time than it should, the largest first; a slow rank before all else,
+    as others may wait for it."""
+    slow = straggler if straggler is not None and straggler.slow else None
+    found = [*_phases(timing), *_communication(timing, straggler, exchange)] if timing else []
     found.sort(key=lambda finding: -finding.share)
-    if straggler is not None and straggler.slow:
-        found.insert(0, _slow(straggler))
-    return found
+    return [*([_slow(slow, exchange)] if slow else []), *found]
 
 
-def _slow(straggler: Straggler) -> Finding:
+def _slow(straggler: Straggler, exchange: Exchange | None) -> Finding:
     where = sentence(straggler.where)
     phase = f", most of it in {phase_name(straggler.phase)}" if straggler.phase else ""
     often = (
@@ -198,25 +221,104 @@ def _slow(straggler: Straggler) -> Finding:
         if straggler.compared
         else ""
     )
+    waits = exchange.waiting_share if exchange is not None else 0.0
+    told = f": the median rank spends {percent(waits)} of its time so" if waits >= LARGE else ""
     text = (
         f"{where} is slower than the others: it was the slowest{often}, busy "
-        f"{general(straggler.ratio, 3)} times as long as the median rank{phase}. "
-        "Every update waits for it."
+        f"{general(straggler.ratio, 3)} times as long as the others{phase}. "
+        f"Every update waits for it{told}."
     )
-    return Finding("straggler", 0.0, text)
+    return Finding("straggler", waits, text)
 
 
-def _phases(timing: Timing, straggler: Straggler | None) -> Iterator[Finding]:
+def _phases(timing: Timing) -> Iterator[Finding]:
     for phase in timing.seconds:
         share = timing.share(phase)
-        if phase in ("forward", "backward") or share < LARGE:
+        if phase in ("forward", "backward", "comm_exposed") or share < LARGE:
             continue
-        largest = share == max(map(timing.share, timing.seconds))
-        lead = f"{sentence(phase_name(phase))} takes {percent(share)} of each update"
-        text = f"{lead}, more than anything else." if largest else f"{lead}."
-        if phase == "comm_exposed" and straggler is not None and straggler.slow:
-            text += f" Part of it is waiting for {straggler.where}."
-        faster = 1 / (1 - share) if share < 1 else None
-        if faster is not None:
-            text += f" Without it, training would be {general(faster, 3)} times as fast at most."
-        yield Finding(phase, share, f"{text} {_ADVICE.get(phase, '')}".strip())
+        lead = _lead(phase, share, timing)
+        yield Finding(phase, share, f"{lead} {_gain(share)}{_ADVICE.get(phase, '')}".strip())
+
+
+def _lead(phase: str, share: float, timing: Timing) -> str:
+    lead = f"{sentence(phase_name(phase))} takes {percent(share)} of each update"
+    largest = share == max(map(timing.share, timing.seconds))
+    return f"{lead}, more than anything else." if largest else f"{lead}."
+
+
+def _gain(share: float) -> str:
+    if share >= 1:
+        return ""
+    return f"Without it, training would be {general(1 / (1 - share), 3)} times as fast at most. "
+
+
+def _communication(
+    timing: Timing, straggler: Straggler | None, exchange: Exchange | None
+) -> Iterator[Finding]:
+    """Exposed communication, by what it is: the sums themselves, or waiting for ranks. None for a
+    part that a slow rank explains."""
+    slow = straggler if straggler is not None and straggler.slow else None
+    share = timing.share("comm_exposed")
+    lead = _lead("comm_exposed", share, timing)
+    sums = exchange.sums_share if exchange is not None else 0.0
+    waits = exchange.waiting_share if exchange is not None else 0.0
+    if exchange is not None and sums >= LARGE:
+        kind, advice = ("sums", "sums") if exchange.hosts == 1 else ("link", "comm_exposed")
+        text = f"{lead} {_sums(slow, exchange)} {_gain(sums)}{_ADVICE[advice]}"
+        yield Finding(kind, sums, text)
+    if exchange is not None and slow is None and waits >= LARGE:
+        yield Finding("uneven", waits, _uneven(straggler, exchange))
+    if share < LARGE or max(sums, waits) >= LARGE:
+        return
+    if exchange is not None and slow is None:
+        text = (
+            f"{lead} {percent(sums)} of the update are the sums over ranks themselves, "
+            f"{percent(waits)} waiting for ranks that come later, on the median rank."
+        )
+        yield Finding("comm_exposed", share, text)
+    elif exchange is None and slow is not None:
+        text = f"{lead} Part of it is waiting for {slow.where}."
+        yield Finding("comm_exposed", share, text)
+    elif exchange is None:
+        yield Finding("comm_exposed", share, f"{lead} {_gain(share)}{_ADVICE['comm_exposed']}")
+
+
+def _sums(slow: Straggler | None, exchange: Exchange) -> str:
+    """That the sums take it, how fast they go, and what else there is."""
+    place = {None: "", 1: " between ranks of one host"}.get(exchange.hosts, " between hosts")
+    text = (
+        f"The sums over ranks take it{'' if slow else ', not a slow rank'}: "
+        f"{short_time(exchange.sums)} of each update pass even on the rank that comes last, which "
+        "waits for no other."
+    )
+    if exchange.bandwidth is not None:
+        low, high = (unit_text(value, "bit/s") for value in exchange.bandwidth)
+        text += (
+            f" A rank's {unit_text(exchange.sent, 'bytes')} per update go at {low} to {high}{place}"
+            " (bus bandwidth; the less, the more of backward they overlap)."
+        )
+    return text
+
+
+def _uneven(straggler: Straggler | None, exchange: Exchange) -> str:
+    """Waiting that no slow rank explains."""
+    text = (
+        f"Waiting for ranks that come later takes {percent(exchange.waiting_share)} of the median "
+        "rank's time, and no rank was found to be slower than the others for as much work"
+    )
+    if exchange.uneven is not None:
+        pieces, ranks = map(count, exchange.uneven)
+        return (
+            f"{text}: {pieces} micro-batches do not divide evenly among {ranks} ranks. A batch of "
+            "a multiple of batch.micro × ranks would."
+        )
+    text += (
+        ". Cores that ranks share, with each other or with other programs, look like this; so does "
+        "work that differs from sample to sample."
+    )
+    if straggler is not None and straggler.suspect:
+        text += (
+            f" So may {straggler.where}: {count(straggler.compared)} comparisons are too few to "
+            "tell a slow rank from chance."
+        )
+    return text
