@@ -107,7 +107,8 @@ def test_a_line_is_what_json_takes_it_for(
     found = read_columns(path)
     assert (found.lines, found.broken) == (len(records), len(each) - len(records))
     for name in ("update", "loss"):
-        expected = [number(record.get(name)) for record in records]
+        told = [number(record.get(name)) for record in records]
+        expected = [None if value is None else float(value) for value in told]
         assert [found.at(name, i) for i in range(len(records))] == expected
 
 
