@@ -220,7 +220,7 @@ class _Gathered:
             self._chunks.append((len(records), known))
 
     def _group(self, records: list[Record], group: str) -> dict[str, Array | None]:
-        entries = [record.get(group) for record in records]
+        entries: list[Any] = [record.get(group) for record in records]
         if not any(entries):
             return {}
         mappings: list[Record] = entries
