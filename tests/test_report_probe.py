@@ -174,7 +174,7 @@ def test_a_probe_is_shown_drawn_and_traced(tmp_path: Path) -> None:
     index = build_report([write_probe(tmp_path / "net", probe((2, 2)))])
     assert index == tmp_path / "net" / "report" / "index.html"
     text, summary = text_of(index), summary_of(index)
-    assert "4 ranks on 2 hosts (n1 and n2), 2026-03-02 08:30 UTC" in text
+    assert "4 ranks on 2 hosts, n1 and n2, 2026-03-02 08:30 UTC" in text
     assert "fp16 pays for messages of" in text
     assert "A gradient of 97.5 MiB: comm.bucket_mb=" in text
     assert "torch Gloo is not measured: its ranks cannot find each other" in text
@@ -239,7 +239,7 @@ def test_a_probe_narrows_far_predictions_and_the_page_says_so(tmp_path: Path) ->
     text = text_of(swapped)
     assert "The network between hosts is taken from probe 1 net." in text
     assert (
-        "The network between hosts is given by probe 1 net (2 ranks on 2 hosts (n1 and n2))" in text
+        "The network between hosts is given by probe 1 net (2 ranks on 2 hosts, n1 and n2)" in text
     )
     assert "The scaling model has its network from it" in text
     basis = {c["name"]: c["basis"] for c in one["model"]["coefficients"]}

@@ -15,7 +15,7 @@ from simulated import PHASES, Simulation, bench, write_bench
 
 from harness.errors import RunDirectoryError
 from harness.lenient import number
-from harness.records import encode
+from harness.records import encode, parse_line
 from harness.report import build_report, columns
 from harness.report.columns import read_columns
 from harness.report.goodput import goodputs_of, statistical_efficiency
@@ -76,6 +76,43 @@ def test_columns_hold_what_each_line_says(
         inner = [line.get("seconds") for line in given]
         values = [number(entry.get(name)) if isinstance(entry, dict) else None for entry in inner]
         assert [found.at(f"seconds.{name}", i) for i in range(len(given))] == values
+
+
+ODD = (
+    b'{"update": 1, "loss": 2.5}\n',
+    b'{"update": NaN, "loss": -Infinity}\n',
+    b'{"update": ' + b"9" * 30 + b"}\n",
+    b'{"update": ' + b"9" * 400 + b', "loss": 1}\n',
+    b'{"update": ' + b"9" * 5000 + b"}\n",  # json refuses so many digits
+    b'{"update": 1e400, "loss": true}\n',
+    b'{"update": 2, "text": "\\ud800"}\n',
+    b'{"update": 3, "text": "\xff"}\n',
+    b'{"update": 4, "text": "\xed\xa0\x80"}\n',
+    b'{"update": 5}\r\n',
+    b'{"update": 6},{"update": 7}\n',
+    b'{"update":\n8}\n',
+    b"\n",
+    b"[1]\n",
+    b'{"update": 9, "upd\n',
+)
+
+
+@given(st.lists(st.sampled_from(ODD), max_size=8), st.booleans())
+def test_a_line_is_what_json_takes_it_for(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], cut: bool
+) -> None:
+    """Whatever orjson refuses or reads otherwise."""
+    path = tmp_path_factory.mktemp("odd") / "metrics.jsonl"
+    text = b"".join(lines) + (b'{"update": 10' if cut else b"")
+    path.write_bytes(text)
+    each = [line + b"\n" for line in text.split(b"\n")[:-1]] + [b"{"] * cut
+    records = [record for line in each if (record := parse_line(line)) is not None]
+    found = read_columns(path)
+    assert (found.lines, found.broken) == (len(records), len(each) - len(records))
+    for name in ("update", "loss"):
+        told = [number(record.get(name)) for record in records]
+        expected = [None if value is None else float(value) for value in told]
+        assert [found.at(name, i) for i in range(len(records))] == expected
 
 
 class _InProcess:

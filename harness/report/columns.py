@@ -10,6 +10,7 @@ and what that refuses goes there line by line.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -219,10 +220,12 @@ class _Gathered:
             self._chunks.append((len(records), known))
 
     def _group(self, records: list[Record], group: str) -> dict[str, Array | None]:
-        entries = [record.get(group) for record in records]
+        entries: list[Any] = [record.get(group) for record in records]
         if not any(entries):
             return {}
-        mappings: list[Record] = [e if isinstance(e, dict) else {} for e in entries]
+        mappings: list[Record] = entries
+        if set(map(type, entries)) != {dict}:
+            mappings = [entry if isinstance(entry, dict) else {} for entry in entries]
         names = list(dict.fromkeys(chain.from_iterable(mappings)))[:NAMES]
         return {
             f"{group}.{name}": self._texts_of(mappings, name)
@@ -233,14 +236,15 @@ class _Gathered:
         }
 
     def _texts_of(self, mappings: list[Record], name: str) -> Array:
-        values = [entry.get(name) for entry in mappings]
-        texts = dict.fromkeys(value for value in values if isinstance(value, str))
-        places = {text: self._place(text) for text in texts}
-        return np.array([places.get(v) if isinstance(v, str) else None for v in values], float)
+        found = [entry.get(name) for entry in mappings]
+        if not set(map(type, found)) <= {str, type(None)}:
+            found = [value if isinstance(value, str) else None for value in found]
+        places = {text: self._place(text) for text in dict.fromkeys(found)}
+        return np.array(array("d", [places[text] for text in found]))
 
-    def _place(self, value: str) -> int | None:
-        if len(self._texts) > 10_000:
-            return None
+    def _place(self, value: str | None) -> float:
+        if value is None or len(self._texts) > 10_000:
+            return math.nan
         return self._texts.setdefault(clean(value, 60), len(self._texts))
 
     def columns(self) -> Columns:

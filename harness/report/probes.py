@@ -83,7 +83,7 @@ class Probe:
 
     @property
     def where(self) -> str:
-        """Such as ``4 ranks on 2 hosts (n1 and n2)``."""
+        """Such as ``4 ranks on 2 hosts, n1 and n2``."""
         ranks = "an unknown number of ranks" if self.ranks is None else plural(self.ranks, "rank")
         if not self.hosts:
             return f"{ranks} on hosts that are not recorded"
@@ -92,7 +92,7 @@ class Probe:
         if left:
             names.append(f"{count(left)} more")
         listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-        return f"{ranks} on {plural(len(self.hosts), 'host')} ({listed})"
+        return f"{ranks} on {plural(len(self.hosts), 'host')}, {listed}"
 
     @property
     def when(self) -> str | None:
@@ -336,7 +336,7 @@ LINE_COLUMNS = ("Operation", "Messages", "α", "95 %", "β, s/GB", "95 %", "GB/s
 def line_rows(probe: Probe) -> list[tuple[str, ...]]:
     """``LINE_COLUMNS`` of each line; the bus bandwidth is that of its largest message."""
     bus = {(t.operation, t.bytes): t.bus_bandwidth for t, _ in probe.timings}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for line in probe.lines:
         beta = [general(1e9 * value, 3) for value in line.beta]
         widest = bus.get((line.operation, line.largest))

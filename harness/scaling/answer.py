@@ -157,7 +157,10 @@ def check_text(found: Sequence[LeftOut]) -> str:
 def caution_text(fit: Fit) -> str:
     """What the predictions rest on."""
     ranks = ", ".join(f"{count:,}" for count in sorted({one.ranks for one in fit.points}))
-    names = [_NAMES[one.name] for one in fit.coefficients if one.basis == "assumed"]
+    assumed = [one.name for one in fit.coefficients if one.basis == "assumed"]
+    if fit.ranks_per_node == 1:  # nothing passes inside a node then
+        assumed = [name for name in assumed if not name.startswith("within.")]
+    names = [_NAMES[name] for name in assumed]
     given = [_NAMES[one.name] for one in fit.coefficients if one.basis == "given"]
     text = f"The predictions rest on measurements with {ranks} ranks"
     if given:
@@ -167,7 +170,7 @@ def caution_text(fit: Fit) -> str:
             f". These measurements do not tell {_listed(names)}; a wide range is assumed, "
             "which is what makes far predictions uncertain"
         )
-        if not given:
+        if any(name.startswith(("within.", "between.")) for name in assumed):
             text += ", and a probe of the network would narrow it"
     if all(one.nodes == 1 for one in fit.points):
         text += ". Nothing was measured between nodes, so all that is said of several is assumed"
