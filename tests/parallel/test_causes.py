@@ -63,8 +63,9 @@ def run(
     """A run of two ranks; its report's directory."""
     content = DIGITS | {key: DIGITS.get(key, {}) | value for key, value in changes.items()}
     (folder / "mine.py").write_text(MODELS)
-    (folder / "planted.yaml").write_text(yaml.safe_dump(content))
-    words = ["run", "planted.yaml", "--ranks", "2", "--hosts", hosts, "--run-dir", "run"]
+    config = folder / "planted.yaml"
+    config.write_text(yaml.safe_dump(content))
+    words = ["run", config, "--ranks", "2", "--hosts", hosts, "--run-dir", folder / "run"]
     done = harness(*words, "--max-restarts", "0", cwd=folder, where=where)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "run" / "report"
