@@ -63,7 +63,7 @@ _RESCAN = 10.0
 _WIDTH = 200
 """Columns where no terminal sets them."""
 _ROOM_FOR_SPREAD = 60
-"""Columns from which on the spread of speeds is told."""
+"""Columns from which on the spread of speeds is told, and the least loss."""
 _COLUMNS = {
     "run": 0, "state": 0, "progress": 0, "epoch": 100, "ranks": 70, "images/s": 70,
     "attempts": 100, "ETA": 0, "last line": 70,
@@ -209,7 +209,7 @@ class _Signals:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """As many lines as the terminal has room for, and a last one."""
+    """As many lines as the terminal has room for, from both ends, and a footer."""
 
     parts: list[RenderableType]
     footer: str
@@ -219,9 +219,12 @@ class _Fitted:
         free = options.update(height=None)
         rows = console.render_lines(Group(*self.parts), free, pad=False)
         if len(rows) > room:
-            left_out = len(rows) - max(room - 1, 0)
-            more = Text(f"… {counted(left_out, 'more line')}", "dim", no_wrap=True)
-            rows = [*rows[: max(room - 1, 0)], *console.render_lines(more, free, pad=False)]
+            last = room // 4  # the newest events
+            first = max(0, room - 1 - last)
+            left_out = counted(len(rows) - first - last, "more line")
+            more = Text(f"… {left_out}", "dim", no_wrap=True, overflow="ellipsis")
+            end = rows[len(rows) - last :]
+            rows = [*rows[:first], *console.render_lines(more, free, pad=False), *end]
         for row in rows[:room]:
             yield from row
             yield Segment.line()
@@ -479,7 +482,8 @@ class Watched:
     def _curves(self, width: int) -> Iterator[str]:
         if self._seen.loss:
             values = [value for _, value in self._seen.loss]
-            words = f"  {values[0]:.4g} → {values[-1]:.4g}, least {min(values):.4g}"
+            least = f", least {min(values):.4g}" if width >= _ROOM_FOR_SPREAD else ""
+            words = f"  {values[0]:.4g} → {values[-1]:.4g}{least}"
             yield _curve_line("loss      ", self._seen.loss, words, width)
         if self._told.accuracy:
             last, best = self._told.accuracy[-1][1], self._told.best

@@ -357,6 +357,8 @@ def exchanging(busy: list[float], sums: float, hosts: int = 2, **more: Any) -> S
 
 def test_a_slow_link_is_told_from_a_slow_rank(tmp_path: Path) -> None:
     run = exchanging([0.02, 0.02], sums=0.08)
+    for place, line in enumerate(run.metrics):
+        line["counters"] = {"cpu_percent": 97.0} if place % 3 == 0 else None
     index = build_report([run.write(tmp_path / "run")])
     found = findings_of(index)
     assert found.keys() == {"link"}
@@ -372,6 +374,7 @@ def test_a_slow_link_is_told_from_a_slow_rank(tmp_path: Path) -> None:
     assert numbers["bus_bandwidth_high"] == pytest.approx(246_824 * 8 / 0.08)
     assert numbers["bus_bandwidth_low"] == pytest.approx(246_824 * 8 / (0.08 + 0.02 * 2 / 3))
     assert "246.8 kB per update go at 21.16 Mbit/s to 24.68 Mbit/s between hosts" in text
+    assert "The processors of rank 0's host were 97 % busy" in text
 
 
 def test_ranks_of_one_host_have_no_link(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ SLOW_WINDOWS = 0.5
 """... as the median of the windows in which it was the slowest, if those are this share of all, and
 more than lot would give it."""
 FEWEST_WINDOWS = 3
+BUSY = 90
+"""From so many percent on, processors may be what sums wait for."""
 
 _ADVICE = {
     "data": "More loading processes (data.workers), a longer queue (data.prefetch) or smaller "
@@ -296,6 +298,11 @@ def _sums(slow: Straggler | None, exchange: Exchange) -> str:
         text += (
             f" A rank's {unit_text(exchange.sent, 'bytes')} per update go at {low} to {high}{place}"
             " (bus bandwidth; the less, the more of backward they overlap)."
+        )
+    if exchange.processors is not None and exchange.processors >= BUSY:
+        text += (
+            f" The processors of rank 0's host were {general(exchange.processors, 3)} % busy, "
+            "which may be a part of it."
         )
     return text
 

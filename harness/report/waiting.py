@@ -15,7 +15,7 @@ import numpy as np
 from harness.lenient import pick
 from harness.report.runs import Run
 from harness.report.scaling import updates_of_windows
-from harness.report.summary import Number
+from harness.report.summary import Number, quantile_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Exchange:
     """Bytes that a rank sends, and receives, if sums go round in a ring: 2 (n − 1) / n times the
     gradients', which is how nccl-tests count them."""
     hosts: int | None
+    processors: float | None
+    """How busy those of rank 0's host were, in percent of all cores; the median reading."""
     uneven: tuple[int, int] | None
     """Micro-batches of an update, and the ranks among which they do not divide evenly, where most
     updates are so."""
@@ -77,6 +79,7 @@ def exchange_of(run: Run, seconds: dict[str, float]) -> Exchange | None:
         total=sum(seconds.values()),
         sent=_sent(run),
         hosts=_hosts(run),
+        processors=quantile_of(columns.known("counters.cpu_percent"), 0.5),
         uneven=_uneven(run),
     )
 

