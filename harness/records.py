@@ -186,7 +186,7 @@ class RunLock:
                 holder = os.pread(fd, 1000, 0).decode(errors="replace").strip() or "another process"
                 raise RunDirectoryError(
                     f"{self._path.parent} is in use by {holder}; wait for that run to end, "
-                    "stop it, or choose another --run-dir"
+                    "stop it, or choose another directory"
                 ) from None
             except OSError as error:
                 raise RunDirectoryError(

@@ -28,6 +28,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from harness.benchfile import holds_bench
 from harness.errors import RunDirectoryError, UsageError
 from harness.follow import Follower
 from harness.lenient import number, pick
@@ -105,8 +106,7 @@ def watch(path: Path, once: bool, interval: float) -> int:
 
 
 def _watched(path: Path) -> Watched | Several:
-    run = RunDirectory(path)
-    if path.is_dir() and run.holds_run:
+    if path.is_dir() and _is_run(path):
         return Watched(path)
     if path.is_dir() and (find_runs(path) or (path / "slurm").is_dir()):
         return Several(path)
@@ -114,6 +114,12 @@ def _watched(path: Path) -> Watched | Several:
         f"{path} holds no run and no batch jobs; give a directory that harness run or harness "
         "submit has made"
     )
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a directory is a run's, also where its ranks have not begun yet; a bench is not."""
+    run = RunDirectory(path)
+    return (run.holds_run or run.launch_log.exists()) and not holds_bench(path)
 
 
 def find_runs(path: Path) -> list[Path]:
@@ -125,7 +131,7 @@ def find_runs(path: Path) -> list[Path]:
         for folder in level:
             with suppress(OSError):
                 below += [entry for entry in folder.iterdir() if entry.is_dir()]
-        runs = [folder for folder in below if RunDirectory(folder).holds_run]
+        runs = [folder for folder in below if _is_run(folder)]
         found += runs
         level = [folder for folder in below if folder not in set(runs)]
     return sorted(found)

@@ -97,17 +97,20 @@ def bench(request: BenchRequest) -> int:
         _print_plan(task)
         return 0
     directory = request.out or _fresh(task.config)
-    earlier = _earlier(task, directory)
+    _earlier(task, directory)  # refuses what is no bench, or another one
     created = _create(directory)
-    try:
-        _check_reachable(task, directory)
-        runner = Runner(task, directory, earlier)
-        with RunLock(RunDirectory(directory), "launch.lock"), runner.stopper:
-            runner.run()
-    except UsageError:
-        if created:
-            shutil.rmtree(directory, ignore_errors=True)
-        raise
+    with RunLock(RunDirectory(directory), "launch.lock"):
+        # What there is now: another process may have gone on with it until a moment ago.
+        earlier = _earlier(task, directory) if holds_bench(directory) else None
+        try:
+            _check_reachable(task, directory)
+            runner = Runner(task, directory, earlier)
+            with runner.stopper:
+                runner.run()
+        except UsageError:
+            if created and earlier is None:
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
     done = runner.bench
     print_bench(done)
     print(f"harness: {directory / NAME} is written")
@@ -224,11 +227,16 @@ def _earlier(task: Task, directory: Path) -> Bench | None:
 
 
 def _create(directory: Path) -> bool:
-    """Make the directory if it is not there yet; whether it was not."""
-    created = not directory.exists()
+    """Make the directory if it is not there yet; whether it was not. Of several processes that
+    begin at once, one has made it."""
     with creating(directory, "directory (-o)"):
-        directory.mkdir(parents=True, exist_ok=True)
-    return created
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:
+            if not directory.is_dir():
+                raise
+            return False
+    return True
 
 
 def _check_reachable(task: Task, directory: Path) -> None:

@@ -509,3 +509,20 @@ def test_markdown_says_the_same_and_escapes(tmp_path: Path) -> None:
     assert "test accuracy of" in told
     assert "](training.svg)" in told
     assert PHASES[0] in (index.parent / "time.csv").read_text(encoding="utf-8")
+
+
+def test_a_bench_with_values_that_cannot_be_makes_a_page(tmp_path: Path) -> None:
+    content = bench()
+    content["points"][1]["repeats"][0]["images_per_sec"] = 0
+    content["points"][2]["images_per_sec_low"] = 2 * content["points"][2]["images_per_sec"]
+    content["points"][3]["images_per_sec_high"] = 1.0
+    index = build_report([write_bench(tmp_path / "bench", content)])
+    assert "scaling" in text_of(index)
+
+
+def test_one_rank_is_not_told_of_a_faster_link(tmp_path: Path) -> None:
+    content = bench(ranks=(1,))
+    content["points"][0]["seconds"] = {"forward": 0.05, "backward": 0.05, "comm_exposed": 0.05}
+    text = text_of(build_report([write_bench(tmp_path / "bench", content)]))
+    assert "With one rank nothing travels" in text
+    assert "faster link" not in text

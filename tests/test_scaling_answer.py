@@ -187,3 +187,23 @@ def test_any_series_ends_in_sentences_or_in_one_message(
         return
     assert all(sentence.text.endswith(".") for sentence in answer(found))
     json.dumps(found.as_dict(), allow_nan=False)
+
+
+def test_no_number_of_nodes_is_named_where_none_can_be_told() -> None:
+    cannot = "These measurements cannot tell how many nodes are worth buying: "
+    one_node = [Point(n, 1, 32 * n, (0.1 + 0.001 * n, 0.101 + 0.001 * n)) for n in (1, 2, 4)]
+    found = study(one_node, Wire(1e6), mode="weak")
+    assert f"{cannot}nothing was measured between nodes" in texts(found)["knee"]
+    probed = study(one_node, Wire(1e6), mode="weak", between=KnownLink(1e-5, 1e-9))
+    assert cannot not in texts(probed)["knee"]
+    assert "their network is taken from a probe" in texts(probed)["knee"]
+    assert f"{cannot}without repeats" in texts(studied((1, 2, 4), repeats=1))["knee"]
+    assert "images per second alone, it pays to go up to" in texts(studied())["knee"]
+
+
+def test_a_check_that_failed_comes_before_what_it_casts_doubt_on() -> None:
+    rates = {1: 0.1, 2: 0.1001, 4: 0.1002, 8: 0.2}  # a cliff that nothing announces
+    points = [Point(n, n, 32 * n, (t, 1.001 * t, 0.999 * t)) for n, t in rates.items()]
+    found = study(points, Wire(1e6), mode="weak", targets=(16,))
+    topics = list(texts(found))
+    assert topics.index("check") < topics.index("prediction")

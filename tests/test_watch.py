@@ -743,3 +743,14 @@ def test_it_fits_every_size(busy_shown: Watched, columns: int, rows: int) -> Non
     lines = console.render_lines(fitted, console.options, pad=False)
     assert len(lines) <= rows
     assert all(sum(part.cell_length for part in row) <= columns for row in lines)
+
+
+def test_a_bench_is_the_runs_that_it_consists_of(tmp_path: Path) -> None:
+    (tmp_path / "bench.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "config.yaml").write_text("name: a\n", encoding="utf-8")
+    launch = tmp_path / "points" / "r0001-a0001-m0032" / "repeat-0"
+    launch.mkdir(parents=True)
+    (launch / "launch.log").write_text("$ harness train\n", encoding="utf-8")
+    assert find_runs(tmp_path) == [launch]  # which has not begun yet
+    assert main(["watch", str(tmp_path), "--once"]) == 0
+    assert main(["watch", str(launch), "--once"]) == 0

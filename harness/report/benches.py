@@ -104,7 +104,7 @@ def _point(entry: Record, place: int) -> Point | None:
     rates = [
         known
         for repeat in (repeats if isinstance(repeats, list) else [])
-        if (known := number(pick(repeat, "images_per_sec"))) is not None
+        if (known := number(pick(repeat, "images_per_sec")) or 0.0) > 0
     ]
     seconds = entry.get("seconds")
     return Point(

@@ -129,8 +129,8 @@ def _bars(entries: list[tuple[float | None, float, float | None]]) -> Array:
     """Distances below and above; none where there is no interval."""
     return np.array(
         [
-            [math.nan if low is None else value - low for low, value, _ in entries],
-            [math.nan if high is None else high - value for _, value, high in entries],
+            [math.nan if low is None else max(value - low, 0.0) for low, value, _ in entries],
+            [math.nan if high is None else max(high - value, 0.0) for _, value, high in entries],
         ]
     )
 

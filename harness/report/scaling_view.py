@@ -33,8 +33,6 @@ class Modelled:
     high: list[float]
     measured_up_to: int
     """Ranks; what lies beyond is an extrapolation."""
-    knee: int | None
-    """Ranks of the last node that buys half of the first; None if it lies beyond 1,024 nodes."""
     sentences: list[str]
     coefficients: list[dict[str, Any]]
     """``harness.scaling.fit.Coefficient`` as plain values."""
@@ -100,14 +98,15 @@ def _point(point: scaling.Point) -> Point:
 def _modelled(found: Study, most: int) -> Modelled:
     shown: tuple[Prediction, ...] = (*found.at_points, *found.predictions)
     speeds = [one.images_per_sec for one in shown]
-    knee = found.knee
+    told = [one.text for one in answer(found) if one.topic in _TOLD]
+    if speeds[-1].known:
+        told.insert(0, f"Numbers in brackets are {100 * found.confidence:g} % intervals.")
     return Modelled(
         ranks=[one.ranks for one in shown],
         images_per_sec=[speed.value for speed in speeds],
         low=[speed.value if speed.low is None else speed.low for speed in speeds],
         high=[speed.value if speed.high is None else speed.high for speed in speeds],
         measured_up_to=most,
-        knee=None if knee is None or knee.open else int(knee.nodes.value) * knee.ranks_per_node,
-        sentences=[one.text for one in answer(found) if one.topic in _TOLD],
+        sentences=told,
         coefficients=found.as_dict()["model"]["coefficients"],
     )

@@ -24,6 +24,7 @@ from harness.report.scaling import HALF, Series
 from harness.report.scaling_view import Modelled
 from harness.report.summary import Number, Summary, quantile_of
 from harness.report.timing import Finding, Straggler, Timing
+from harness.student import CONFIDENCE
 
 
 def scaling_sentences(one: Series, model: Modelled | str, goodput: Goodputs | None) -> list[str]:
@@ -32,7 +33,8 @@ def scaling_sentences(one: Series, model: Modelled | str, goodput: Goodputs | No
     last, first = scaled[-1], one.first
     interval = ""
     if last.efficiency_low is not None:
-        interval = f", interval {percent(last.efficiency_low)} to {percent(last.efficiency_high)}"
+        ends = f"{percent(last.efficiency_low)} to {percent(last.efficiency_high)}"
+        interval = f", {100 * CONFIDENCE:g} % interval {ends}"
     found = [
         f"{sentence(one.mode)} scaling ({one.fixed}): {count(last.point.ranks)} ranks train "
         f"{general(last.speedup, 3)} times as fast as {plural(first.ranks, 'rank')}, "
@@ -42,7 +44,7 @@ def scaling_sentences(one: Series, model: Modelled | str, goodput: Goodputs | No
     knee = one.knee()
     if knee is not None:
         found.append(
-            f"The knee lies at {plural(knee, 'rank')}: beyond it, a further rank adds less than "
+            f"The knee of throughput lies at {plural(knee, 'rank')}: a further one adds less than "
             f"{'half' if HALF == 0.5 else percent(HALF)} of what one alone does."
         )
     else:
@@ -54,7 +56,7 @@ def scaling_sentences(one: Series, model: Modelled | str, goodput: Goodputs | No
         found.append(
             f"At a noise scale of {general(goodput.noise)} samples, goodput is largest with "
             f"{plural(goodput.best, 'rank')}"
-            + (f", and its knee lies at {count(goodput.knee)}." if goodput.knee else ".")
+            + (f", and its knee lies at {plural(goodput.knee, 'rank')}." if goodput.knee else ".")
         )
     if isinstance(model, Modelled):
         found += model.sentences

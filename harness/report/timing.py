@@ -47,6 +47,8 @@ _ADVICE = {
     "shorten it; harness probe measures what the link can do.",
     "sums": "Compression (comm.compression) or more accumulation would shorten it, and so would "
     "cores that the ranks need not share.",
+    "alone": "With one rank nothing travels: it is what the engine takes for its rounds "
+    "(comm.backend: solo has none).",
     "optimizer": "A larger global batch makes fewer steps for the same samples; a simpler "
     "optimizer makes shorter ones.",
     "other": "It is time that no phase accounts for; a trace shows what it is.",
@@ -60,6 +62,8 @@ class Timing:
     label: str
     seconds: dict[str, float]
     source: str
+    ranks: int | None = None
+    """None: several numbers of them, or not known."""
 
     @property
     def total(self) -> float:
@@ -140,13 +144,13 @@ def timing_of_run(run: Run) -> Timing | None:
     source = (
         "metrics.jsonl: sum of seconds.{phase} / updates, first window of each attempt left out"
     )
-    return Timing(run.label, seconds, source)
+    return Timing(run.label, seconds, source, 1 if run.columns.largest("ranks") == 1 else None)
 
 
 def timing_of_point(label: str, point: Point) -> Timing | None:
     if not sum(point.seconds.values()):
         return None
-    return Timing(label, point.seconds, f"{point.source}, seconds")
+    return Timing(label, point.seconds, f"{point.source}, seconds", point.ranks)
 
 
 def straggler_of(run: Run) -> Straggler | None:
@@ -282,7 +286,8 @@ def _communication(
         text = f"{lead} Part of it is waiting for {slow.where}."
         yield Finding("comm_exposed", share, text)
     elif exchange is None:
-        yield Finding("comm_exposed", share, f"{lead} {_gain(share)}{_ADVICE['comm_exposed']}")
+        advice = _ADVICE["alone" if timing.ranks == 1 else "comm_exposed"]
+        yield Finding("comm_exposed", share, f"{lead} {_gain(share)}{advice}")
 
 
 def _sums(slow: Straggler | None, exchange: Exchange) -> str:

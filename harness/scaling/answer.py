@@ -35,15 +35,20 @@ def answer(
     study: Study, goodputs: Sequence[Goodput] = (), growth: Growth | None = None
 ) -> tuple[Sentence, ...]:
     """The answer, the most important first."""
+    check: list[tuple[Topic, str | None]] = [
+        ("check", check_text(study.left_out) if study.left_out else None)
+    ]
+    missed = bool(study.left_out) and _checked(study.left_out).covered is False
     found: list[tuple[Topic, str | None]] = [
         ("measured", measured_text(study.speedups, study.confidence)),
         ("time", None if not study.at_points else time_text(study.at_points[-1])),
+        *(check if missed else ()),  # before what it casts doubt on
         *(("prediction", prediction_text(one)) for one in study.predictions),
-        ("knee", None if study.knee is None else knee_text(study.knee)),
+        ("knee", None if study.knee is None else knee_text(study.knee, study.fit)),
         ("goodput", goodput_text(goodputs) if goodputs else None),
         ("growth", None if growth is None else growth_text(growth)),
         ("serial", None if study.serial is None else serial_text(study.serial)),
-        ("check", check_text(study.left_out) if study.left_out else None),
+        *(() if missed else check),
         ("caution", None if study.fit is None else caution_text(study.fit)),
         *(("caution", f"Note: {gap}.") for gap in study.gaps),
     ]
@@ -94,8 +99,11 @@ def prediction_text(found: Prediction) -> str:
     return f"{text}. This is a prediction, not a measurement: {'; '.join(found.notes)}."
 
 
-def knee_text(found: Knee) -> str:
-    """Up to where more nodes are worth their price."""
+def knee_text(found: Knee, fit: Fit | None = None) -> str:
+    """Up to where more nodes are worth their price, or why that cannot be told."""
+    unknown = _untold(found, fit)
+    if unknown is not None:
+        return f"These measurements cannot tell how many nodes are worth buying: {unknown}."
     value, low, high = found.nodes.value, found.nodes.low, found.nodes.high
     far = f" This is a prediction: {'; '.join(found.notes)}." if found.notes else ""
     if found.open:
@@ -109,9 +117,23 @@ def knee_text(found: Knee) -> str:
         end = f"more than {found.searched:,}" if found.high_open else f"{high:,.0f}"
         between = f" ({low:,.0f} to {end})"
     return (
-        f"It pays to go up to {value:,.0f}{between} {'node' if value == 1 else 'nodes'}: past "
-        f"that, each further node buys less than half of what the first one does.{far}"
+        f"Counting images per second alone, it pays to go up to {value:,.0f}{between} "
+        f"{'node' if value == 1 else 'nodes'}: past that, each further node buys less than half of "
+        f"what the first one does.{far}"
     )
+
+
+def _untold(found: Knee, fit: Fit | None) -> str | None:
+    """Why a knee is no more than what the model supposes beforehand; None if it is more."""
+    if fit is not None and all(point.nodes == 1 for point in fit.points):
+        given = [one.name for one in fit.coefficients if one.basis == "given"]
+        if not any(name.startswith("between.") for name in given):
+            return "nothing was measured between nodes; a bench or a probe of several hosts would"
+    if not found.nodes.known:
+        return "without repeats nothing says how far off a prediction may be"
+    if found.high_open and found.beyond > 1 and (found.nodes.low or 0) <= 1:
+        return f"all from 1 to more than {found.searched:,} would agree with them"
+    return None
 
 
 def serial_text(found: SerialFraction) -> str:
@@ -140,7 +162,7 @@ def _limit(share: float) -> float:
 
 def check_text(found: Sequence[LeftOut]) -> str:
     """How well the model predicted the point with the most ranks without having seen it."""
-    first = next((one for one in found if one.extrapolated), found[0])
+    first = _checked(found)
     inside = {
         True: "the measured value lies inside the interval",
         False: "the measured value lies outside the interval: trust the predictions less",
@@ -152,6 +174,11 @@ def check_text(found: Sequence[LeftOut]) -> str:
         f"{_digits(first.measured, 4)}, so it is {abs(100 * first.error):.1f} % too "
         f"{'high' if first.error > 0 else 'low'}; {inside}."
     )
+
+
+def _checked(found: Sequence[LeftOut]) -> LeftOut:
+    """The one that is told of: beyond what the fit has seen, if there is one."""
+    return next((one for one in found if one.extrapolated), found[0])
 
 
 def caution_text(fit: Fit) -> str:
@@ -172,7 +199,9 @@ def caution_text(fit: Fit) -> str:
         )
         if any(name.startswith(("within.", "between.")) for name in assumed):
             text += ", and a probe of the network would narrow it"
-    if all(one.nodes == 1 for one in fit.points):
+    if all(one.nodes == 1 for one in fit.points) and not any(
+        one.basis == "given" and one.name.startswith("between.") for one in fit.coefficients
+    ):
         text += ". Nothing was measured between nodes, so all that is said of several is assumed"
     return f"{text}."
 

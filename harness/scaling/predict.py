@@ -142,7 +142,9 @@ def _notes(fit: Fit, point: Point) -> tuple[str, ...]:
         notes.append(f"fewer ranks than the fewest that were measured ({fewest:,})")
     nodes = max(one.nodes for one in fit.points)
     if point.nodes > 1 and nodes == 1:
-        notes.append("nothing was measured between nodes; their network is assumed")
+        probed = any(c.basis == "given" and c.name.startswith("between") for c in fit.coefficients)
+        source = "is taken from a probe" if probed else "is assumed"
+        notes.append(f"nothing was measured between nodes; their network {source}")
     width = max(one.ranks / one.nodes for one in fit.points)
     if point.ranks / point.nodes > width:
         notes.append(
