@@ -111,16 +111,17 @@ def run(request: RunRequest) -> int:
         print(spec.as_shell_command(argv))
         return 0
     created = _create(directory)
-    try:
-        with RunLock(directory, "launch.lock"), Stopper(directory.stop_relay.touch) as stopper:
+    with RunLock(directory, "launch.lock"), Stopper(directory.stop_relay.touch) as stopper:
+        try:
             directory.check_usable(request.resume)  # again, now that nobody else can start here
             directory.stop_request.unlink(missing_ok=True)
             directory.stop_relay.unlink(missing_ok=True)
             Supervisor(job, restarts, stopper, _again_words(request)).run(ranks, request.resume)
-    except UsageError:
-        if created and not directory.holds_run:
-            shutil.rmtree(directory.path, ignore_errors=True)
-        raise
+        except UsageError:
+            # Only with the lock: without it, the directory is another's who began at the same time.
+            if created and not directory.holds_run:
+                shutil.rmtree(directory.path, ignore_errors=True)
+            raise
     return _report(directory)
 
 
