@@ -1061,7 +1061,8 @@ def test_the_share_that_a_fit_explains_lies_between_none_and_all(
 ) -> None:
     fit = log_fit(points([float(x) for x, _ in pairs], [y for _, y in pairs]))
     if fit is None:
-        assert len({x for x, _ in pairs}) < 3 or np.var([y for _, y in pairs]) < 1e-300
+        values = [y for _, y in pairs]  # of which some are equal but for what a mean rounds away
+        assert len({x for x, _ in pairs}) < 3 or np.std(values) <= 1e-12 * max(map(abs, values))
     else:
         assert 0 <= fit.r2 <= 1
 
