@@ -22,10 +22,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from harness.records import PHASES
+
 ROOT = Path(__file__).parents[1]
 DATASET = 1_281_167
 STAGES = 5
-PHASES = ("data", "to_device", "forward", "backward", "comm_exposed", "optimizer", "other")
 CONFIG = """\
 name: report-time
 data: {{dataset: imagenet}}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +70,24 @@ class Piece:
     """Seconds per byte."""
 
 
+class Range(Protocol):
+    """Sizes of messages, in bytes, for which something was found."""
+
+    @property
+    def smallest(self) -> int: ...
+
+    @property
+    def largest(self) -> int: ...
+
+
+def piece_at(pieces: Sequence[Range], size: float) -> int:
+    """Which of one or two pieces, by rising sizes, a message is in. Where the protocol changes
+    between two sizes is not known: halfway on a log scale."""
+    if len(pieces) == 1:
+        return 0
+    return int(size > math.sqrt(pieces[0].largest * pieces[1].smallest))
+
+
 @dataclass(frozen=True)
 class Fit:
     """The lines of one operation."""
@@ -83,16 +102,9 @@ class Fit:
 
     def seconds(self, size: float) -> Array:
         """T of a message of ``size`` bytes: the estimate, then one for each resample."""
-        lines = self._lines[:, self._piece(size), :]
+        lines = self._lines[:, piece_at(self.pieces, size), :]
         times = lines[:, 0] + lines[:, 1] * size
         return np.asarray(np.maximum(times[0] + self.misfit * (times - times[0]), 1e-12))
-
-    def _piece(self, size: float) -> int:
-        """Where the protocol changes between two sizes is not known: halfway on a log scale."""
-        if len(self.pieces) == 1:
-            return 0
-        border = math.sqrt(self.pieces[0].largest * self.pieces[1].smallest)
-        return int(size > border)
 
 
 def resampled_medians(rounds: Rounds, seed: int = 0) -> Array:

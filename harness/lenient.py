@@ -22,3 +22,8 @@ def pick(record: Any, *keys: str) -> Any:
             return None
         record = record.get(key)
     return record
+
+
+def listed(value: Any) -> list[Any]:
+    """A list as it is; of anything else none."""
+    return value if isinstance(value, list) else []

@@ -41,6 +41,7 @@ from harness.probe_results import (
     HOROVOD_FP16,
     MPI_ALONE,
     MPI_BESIDE,
+    NAME,
     OPERATIONS,
     Operation,
     Timing,
@@ -364,7 +365,7 @@ class Probe:
         timings = in_order(self.timings)
         write_atomic(path / "probe.csv", as_csv(timings).encode())
         write_json(
-            path / "probe.json",
+            path / NAME,
             {
                 "provenance": collect(comm),
                 "mpi": _mpi_library(),

@@ -21,6 +21,7 @@ from harness.errors import UsageError
 from harness.lenient import number, pick
 from harness.wording import counted
 
+NAME = "probe.json"
 _COLUMNS = (
     *("operation", "collective", "bytes", "ranks", "rounds"),
     *("median_seconds", "lower_quartile_seconds", "upper_quartile_seconds"),
@@ -124,9 +125,14 @@ class Results:
         return {one.bytes: one.seconds for one in self.timings if one.operation == operation}
 
 
+def holds_probe(path: Path) -> bool:
+    """Whether a path is a probe directory."""
+    return (path / NAME).is_file()
+
+
 def read_results(path: Path) -> Results:
     """Read probe.json, or the one in a directory. Raises UsageError if it holds no probe."""
-    file = path / "probe.json" if path.is_dir() else path
+    file = path / NAME if path.is_dir() else path
     try:
         content = json.loads(file.read_bytes())
     except OSError as error:

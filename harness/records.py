@@ -399,6 +399,19 @@ def creating(path: Path, instead: str) -> Iterator[None]:
         ) from None
 
 
+def make_directory(path: Path, instead: str) -> bool:
+    """Make a directory if it is not there yet; whether it was not. Of several processes that begin
+    at once, one has made it. Raises as ``creating`` does."""
+    with creating(path, instead):
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if not path.is_dir():
+                raise
+            return False
+    return True
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace a file in one step: readers see the old bytes or the new ones, also after a crash."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")

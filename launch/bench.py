@@ -45,7 +45,7 @@ from harness.errors import (
     UsageError,
 )
 from harness.progress import Status
-from harness.records import RunDirectory, RunLock, creating, read_object, write_atomic
+from harness.records import RunDirectory, RunLock, make_directory, read_object, write_atomic
 from harness.schedule.plan import build_plan
 from harness.schema import Config
 from harness.wording import counted, plain_name
@@ -98,7 +98,7 @@ def bench(request: BenchRequest) -> int:
         return 0
     directory = request.out or _fresh(task.config)
     _earlier(task, directory)  # refuses what is no bench, or another one
-    created = _create(directory)
+    created = make_directory(directory, "directory (-o)")
     with RunLock(RunDirectory(directory), "launch.lock"):
         # What there is now: another process may have gone on with it until a moment ago.
         earlier = _earlier(task, directory) if holds_bench(directory) else None
@@ -224,19 +224,6 @@ def _earlier(task: Task, directory: Path) -> Bench | None:
             "choose another -o"
         )
     return earlier
-
-
-def _create(directory: Path) -> bool:
-    """Make the directory if it is not there yet; whether it was not. Of several processes that
-    begin at once, one has made it."""
-    with creating(directory, "directory (-o)"):
-        try:
-            directory.mkdir(parents=True)
-        except FileExistsError:
-            if not directory.is_dir():
-                raise
-            return False
-    return True
 
 
 def _check_reachable(task: Task, directory: Path) -> None:

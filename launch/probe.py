@@ -14,8 +14,9 @@ from pathlib import Path
 from harness import environment
 from harness.errors import LaunchError, RankFailure, RunDirectoryError, StoppedEarly, UsageError
 from harness.launch_schema import Launch
+from harness.probe_results import NAME, holds_probe
 from harness.progress import PlainLines
-from harness.records import RunDirectory, creating
+from harness.records import RunDirectory, make_directory
 from harness.schema import Comm
 from harness.wording import counted
 from launch.assemble import (
@@ -75,7 +76,7 @@ def probe(request: ProbeRequest) -> int:
             _launch(spec, launcher, directory, stopper)
         _conclude(directory, request)
     if request.out is not None:
-        print(f"harness: {request.out / 'probe.json'} and {request.out / 'probe.csv'} are written")
+        print(f"harness: {request.out / NAME} and {request.out / 'probe.csv'} are written")
     return 0
 
 
@@ -151,10 +152,9 @@ def _scratch(hosts: tuple[Host, ...]) -> Path:
 
 
 def _created(path: Path) -> Path:
-    if (path / "probe.json").exists():
+    if holds_probe(path):
         raise RunDirectoryError(f"{path} already holds a probe; choose another directory (-o)")
-    with creating(path, "directory (-o)"):
-        path.mkdir(parents=True, exist_ok=True)
+    make_directory(path, "directory (-o)")
     return path
 
 
@@ -190,7 +190,7 @@ def _launch(
     where = ",".join(map(str, spec.hosts))
     print(f"harness: measuring collectives of {counted(spec.ranks, 'rank')} on {where}", flush=True)
     ended = execute(argv, spec, launcher, directory, PlainLines(), stopper)
-    if ended.exit_code == 0 and (directory.path / "probe.json").exists():
+    if ended.exit_code == 0 and holds_probe(directory.path):
         return
     outcome = judge(ended, spec, directory)
     if outcome.kind == "refused":

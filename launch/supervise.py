@@ -32,6 +32,7 @@ from harness.records import (
     RunLock,
     creating,
     furthest,
+    make_directory,
     now,
     write_atomic,
 )
@@ -436,12 +437,8 @@ def _run_directory(request: RunRequest, config: Config) -> Path:
 
 def _create(directory: RunDirectory) -> bool:
     """Make the directory if it is not there yet; whether it was not."""
-    created = True
-    with creating(directory.path, "--run-dir"):
-        try:
-            directory.path.mkdir(parents=True)
-        except FileExistsError:
-            created = False
+    created = make_directory(directory.path, "--run-dir")
+    with creating(directory.failures, "--run-dir"):
         directory.failures.mkdir(exist_ok=True)
     return created
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -325,3 +326,16 @@ def write_probe(path: Path, content: Any, verdict: bool = True) -> Path:
         written = {**content, "verdict": found.as_dict()}
         (path / "probe.json").write_text(json.dumps(written), encoding="utf-8")
     return path
+
+
+def text_of(index: Path) -> str:
+    """The words of a report's page, given its index.html."""
+    words = re.sub(
+        r"<style>.*?</style>|<[^>]+>", " ", index.read_text(encoding="utf-8"), flags=re.S
+    )
+    return " ".join(words.split())
+
+
+def summary_of(index: Path) -> Any:
+    """The summary.json beside a report's index.html."""
+    return json.loads((index.parent / "summary.json").read_text())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simulated import Simulation, bench, probe, write_bench, write_probe
+from simulated import Simulation, bench, probe, summary_of, text_of, write_bench, write_probe
 
 from harness.report import build_report
 from harness.report.network import network_of, unused
@@ -21,17 +20,6 @@ from harness.scaling.priors import UNKNOWN
 from harness.scaling.steptime import Decomposition, Link, StepTime, Wire
 
 WIRE = Wire(4e6, 4e6)
-
-
-def text_of(index: Path) -> str:
-    words = re.sub(
-        r"<style>.*?</style>|<[^>]+>", " ", index.read_text(encoding="utf-8"), flags=re.S
-    )
-    return " ".join(words.split())
-
-
-def summary_of(index: Path) -> Any:
-    return json.loads((index.parent / "summary.json").read_text())
 
 
 def loaded(path: Path, content: Any, verdict: bool = True) -> Probe:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from simulated import PHASES, Simulation, bench, write_bench
+from simulated import PHASES, Simulation, bench, summary_of, text_of, write_bench
 
 from harness.errors import RunDirectoryError
 from harness.lenient import number
@@ -23,17 +22,6 @@ from harness.report.runs import load_run
 from harness.report.scaling import Point, series_of
 from harness.report.timing import timing_of_run
 from harness.report.waiting import exchange_of
-
-
-def text_of(index: Path) -> str:
-    words = re.sub(
-        r"<style>.*?</style>|<[^>]+>", " ", index.read_text(encoding="utf-8"), flags=re.S
-    )
-    return " ".join(words.split())
-
-
-def summary_of(index: Path) -> Any:
-    return json.loads((index.parent / "summary.json").read_text())
 
 
 def point(ranks: int, rate: float, half: float | None = None, batch: int = 32) -> Point:

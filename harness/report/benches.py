@@ -11,7 +11,7 @@ import yaml
 
 from harness.benchfile import FORMAT, NAME
 from harness.errors import RunDirectoryError
-from harness.lenient import number, pick
+from harness.lenient import listed, number, pick
 from harness.records import Record, read_object
 from harness.report.fields import clean, plural, words
 from harness.report.scaling import Point, Series, series_of
@@ -52,8 +52,7 @@ def load_bench(path: Path, position: int) -> Bench:
         raise RunDirectoryError(f"{file} cannot be read: {type(error).__name__}") from error
     if not isinstance(record, dict):
         raise RunDirectoryError(f"{file} holds no bench: it is not a mapping")
-    entries = record.get("points")
-    given = entries[:POINTS] if isinstance(entries, list) else []
+    given = listed(record.get("points"))[:POINTS]
     read = [_point(e, i) for i, e in enumerate(given) if isinstance(e, dict)]
     points = [point for point in read if point is not None]
     mode = words(record.get("mode"))
@@ -100,10 +99,9 @@ def _point(entry: Record, place: int) -> Point | None:
     ranks, rate = number(entry.get("ranks")), number(entry.get("images_per_sec"))
     if ranks is None or ranks < 1 or rate is None or rate <= 0:
         return None
-    repeats = entry.get("repeats")
     rates = [
         known
-        for repeat in (repeats if isinstance(repeats, list) else [])
+        for repeat in listed(entry.get("repeats"))
         if (known := number(pick(repeat, "images_per_sec")) or 0.0) > 0
     ]
     seconds = entry.get("seconds")

@@ -13,6 +13,7 @@ import numpy as np
 from harness.benchfile import holds_bench
 from harness.errors import RunDirectoryError, UsageError
 from harness.lenient import number, pick
+from harness.probe_results import holds_probe
 from harness.records import RunDirectory, write_atomic
 from harness.report import fields, sections, tables
 from harness.report.benches import Bench, load_bench
@@ -26,7 +27,6 @@ from harness.report.probes import (
     PROBE_RULES,
     Probe,
     headline,
-    holds_probe,
     line_rows,
     load_probe,
     probe_json,
@@ -146,8 +146,7 @@ class Report:
 
     @property
     def single(self) -> RunView | None:
-        alone = len(self.views) == 1 and not self.benches
-        return self.views[0] if alone else None
+        return self.views[0] if len(self.views) == 1 and not self.benches else None
 
     @property
     def trouble(self) -> list[tuple[str | None, list[str]]]:

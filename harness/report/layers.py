@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.lenient import number
+from harness.lenient import listed, number
 from harness.records import Record, spread_lines
 from harness.report.fields import clean, count, general, words
 
@@ -85,7 +85,7 @@ def _snapshot(line: Record) -> Snapshot:
         update=number(line.get("update")),
         samples_seen=number(line.get("samples_seen")),
         epoch=number(line.get("epoch")),
-        layers=list(_layers(entries[:LAYERS] if isinstance(entries, list) else [])),
+        layers=list(_layers(listed(entries)[:LAYERS])),
     )
 
 

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp, hypot, log, sqrt
+from math import exp, hypot, log
 from typing import Any, Literal
 
+from harness.alphabeta import piece_at
 from harness.probe_results import HOROVOD
 from harness.report.fields import count, general, plural
 from harness.report.probes import Bounds, Line, Probe, seconds_text
@@ -98,12 +99,9 @@ def _chosen(probes: list[Probe]) -> tuple[Probe, int] | None:
 
 
 def _line(probe: Probe, message: float) -> Line:
-    """Horovod's float32 allreduce at that size; a border is halfway between two ranges, on a log
-    scale (as ``harness.alphabeta`` has it)."""
+    """Horovod's float32 allreduce at that size."""
     lines = probe.lines_of(HOROVOD)
-    if len(lines) > 1 and message <= sqrt(lines[0].largest * lines[1].smallest):
-        return lines[0]
-    return lines[-1]
+    return lines[piece_at(lines, message)]
 
 
 def _within(probe: Probe, ranks: int, message: float) -> Given | None:

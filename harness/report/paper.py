@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from harness.lenient import number, pick
+from harness.lenient import listed, number, pick
 from harness.records import Record
 from harness.report.fields import MISSING, clean, general, percent, plural, words
 from harness.report.runs import Run
@@ -74,8 +74,7 @@ def paper_source(run: Run) -> str | None:
 
 def paper_rows(run: Run, numbers: Summary, peers: Peers) -> list[PaperRow]:
     """A row for each result that the recipe's source prints."""
-    listed = pick(run.records.config, "paper", "printed")
-    entries = listed if isinstance(listed, list) else []
+    entries = listed(pick(run.records.config, "paper", "printed"))
     return [_row(run, numbers, entry, peers) for entry in entries if isinstance(entry, dict)]
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UsageError
-from harness.lenient import number, pick
+from harness.lenient import listed, number, pick
 from harness.probe_results import (
     HOROVOD,
+    NAME,
     OPERATIONS,
     Operation,
     Results,
@@ -25,7 +26,6 @@ from harness.probe_verdict import judge
 from harness.records import Record
 from harness.report.fields import MISSING, clean, count, general, instant, plural, words
 
-NAME = "probe.json"
 TIMINGS = 2_000  # more is damage
 HOSTS = 100_000
 SENTENCES = 40
@@ -114,11 +114,6 @@ class Probe:
         return sorted(found, key=lambda line: line.smallest)
 
 
-def holds_probe(path: Path) -> bool:
-    """Whether a path is a probe directory."""
-    return (path / NAME).is_file()
-
-
 def load_probe(path: Path, position: int) -> Probe:
     """Read probe.json. Raises nothing: whatever cannot be read is among the problems."""
     problems: list[str] = []
@@ -172,8 +167,7 @@ def _record(file: Path, problems: list[str]) -> Record | None:
 
 def _timings(record: Record, ranks: int | None, problems: list[str]) -> list[tuple[Timing, str]]:
     """Those that can be read, the first of each operation and size."""
-    listed = record.get("timings")
-    given = listed[:TIMINGS] if isinstance(listed, list) else []
+    given = listed(record.get("timings"))[:TIMINGS]
     found: dict[tuple[Operation, int], tuple[Timing, str]] = {}
     reasons = []
     for place, entry in enumerate(given if ranks is not None else []):
@@ -197,9 +191,8 @@ def _timings(record: Record, ranks: int | None, problems: list[str]) -> list[tup
 
 
 def _hosts(record: Record) -> tuple[Host, ...]:
-    listed = pick(record, "provenance", "communication", "hosts")
     found = []
-    for entry in listed[:HOSTS] if isinstance(listed, list) else []:
+    for entry in listed(pick(record, "provenance", "communication", "hosts"))[:HOSTS]:
         ranks = pick(entry, "ranks")
         name = clean(words(pick(entry, "host")) or "a host without a name", 60)
         found.append(Host(name, len(ranks) if isinstance(ranks, list) else None))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.errors import RunDirectoryError
-from harness.lenient import number, pick
+from harness.lenient import listed, number, pick
 from harness.records import Record, RunDirectory, RunRecords, read_run
 from harness.report.columns import Array, Columns, read_columns
 from harness.report.fields import clean, plural, words
@@ -68,6 +68,13 @@ class Run:
 
     def config(self, *keys: str) -> Any:
         return pick(self.records.config, *keys)
+
+    @property
+    def starts(self) -> list[Any]:
+        """What provenance.json says of communication, of the first start and of each that went on,
+        in their order."""
+        first = self.records.provenance
+        return [pick(one, "communication") for one in (first, *listed(pick(first, "attempts")))]
 
     def events(self, *kinds: str) -> list[Record]:
         return [event for event in self.records.events if event.get("kind") in kinds]

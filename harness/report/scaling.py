@@ -12,11 +12,10 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
-from harness.lenient import pick
+from harness.lenient import listed, pick
 from harness.report.columns import Array
 from harness.report.fields import clean, count, words
 from harness.report.runs import Run
@@ -224,16 +223,9 @@ def _points(run: Run) -> list[tuple[Cut, Point]]:
 
 def _nodes(run: Run, ranks: int) -> int | None:
     """Hosts of the run's starts with so many ranks, if all of them had equally many."""
-    first = run.records.provenance
-    again = pick(first, "attempts")
-    starts = [pick(one, "communication") for one in (first, *_listed(again))]
-    told = [_listed(pick(one, "hosts")) for one in starts if pick(one, "ranks") == ranks]
+    told = [listed(pick(one, "hosts")) for one in run.starts if pick(one, "ranks") == ranks]
     counts = {len(hosts) for hosts in told}
     return counts.pop() if len(counts) == 1 and 1 <= min(counts) <= ranks else None
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def phase_table(run: Run) -> Array:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.lenient import number, pick
+from harness.lenient import listed, number, pick
 from harness.records import PHASES, Record
 from harness.report.columns import COUNTS, GROUPS, TEXTS, Columns, plain
 from harness.report.csvtext import to_csv
@@ -93,7 +93,7 @@ def stage_rows(run: Run) -> list[Stage]:
 
 
 def _mappings(value: Any) -> list[Record]:
-    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+    return [entry for entry in listed(value) if isinstance(entry, dict)]
 
 
 def _by_stage(records: list[Record]) -> dict[float, list[Record]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from harness.lenient import pick
+from harness.lenient import listed, pick
 from harness.report.runs import Run
 from harness.report.scaling import updates_of_windows
 from harness.report.summary import Number, quantile_of
@@ -94,11 +94,7 @@ def _sent(run: Run) -> float | None:
 
 def _hosts(run: Run) -> int | None:
     """Of the last attempt."""
-    provenance = run.records.provenance
-    attempts = pick(provenance, "attempts")
-    last = attempts[-1] if isinstance(attempts, list) and attempts else provenance
-    hosts = pick(last, "communication", "hosts")
-    return len(hosts) if isinstance(hosts, list) and hosts else None
+    return len(listed(pick(run.starts[-1], "hosts"))) or None
 
 
 def _uneven(run: Run) -> tuple[int, int] | None:

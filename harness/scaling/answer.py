@@ -125,10 +125,8 @@ def knee_text(found: Knee, fit: Fit | None = None) -> str:
 
 def _untold(found: Knee, fit: Fit | None) -> str | None:
     """Why a knee is no more than what the model supposes beforehand; None if it is more."""
-    if fit is not None and all(point.nodes == 1 for point in fit.points):
-        given = [one.name for one in fit.coefficients if one.basis == "given"]
-        if not any(name.startswith("between.") for name in given):
-            return "nothing was measured between nodes; a bench or a probe of several hosts would"
+    if fit is not None and fit.inside_only and not fit.between_given:
+        return "nothing was measured between nodes; a bench or a probe of several hosts would"
     if not found.nodes.known:
         return "without repeats nothing says how far off a prediction may be"
     if found.high_open and found.beyond > 1 and (found.nodes.low or 0) <= 1:
@@ -199,9 +197,7 @@ def caution_text(fit: Fit) -> str:
         )
         if any(name.startswith(("within.", "between.")) for name in assumed):
             text += ", and a probe of the network would narrow it"
-    if all(one.nodes == 1 for one in fit.points) and not any(
-        one.basis == "given" and one.name.startswith("between.") for one in fit.coefficients
-    ):
+    if fit.inside_only and not fit.between_given:
         text += ". Nothing was measured between nodes, so all that is said of several is assumed"
     return f"{text}."
 

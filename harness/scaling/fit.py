@@ -95,6 +95,17 @@ class Fit:
         """Names of the coefficients that the points alone do not tell."""
         return tuple(one.name for one in self.coefficients if one.basis != "measured")
 
+    @property
+    def inside_only(self) -> bool:
+        """Whether nothing was measured between nodes."""
+        return all(point.nodes == 1 for point in self.points)
+
+    @property
+    def between_given(self) -> bool:
+        """Whether a probe tells of the network between nodes."""
+        given = (one.name for one in self.coefficients if one.basis == "given")
+        return any(name.startswith("between.") for name in given)
+
 
 def fit_step_time(
     points: Sequence[Point],

@@ -140,10 +140,8 @@ def _notes(fit: Fit, point: Point) -> tuple[str, ...]:
         notes.append(f"{point.ranks / most:.3g} times the most ranks that were measured ({most:,})")
     elif point.ranks < fewest:
         notes.append(f"fewer ranks than the fewest that were measured ({fewest:,})")
-    nodes = max(one.nodes for one in fit.points)
-    if point.nodes > 1 and nodes == 1:
-        probed = any(c.basis == "given" and c.name.startswith("between") for c in fit.coefficients)
-        source = "is taken from a probe" if probed else "is assumed"
+    if point.nodes > 1 and fit.inside_only:
+        source = "is taken from a probe" if fit.between_given else "is assumed"
         notes.append(f"nothing was measured between nodes; their network {source}")
     width = max(one.ranks / one.nodes for one in fit.points)
     if point.ranks / point.nodes > width:
