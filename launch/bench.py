@@ -102,7 +102,7 @@ def bench(request: BenchRequest) -> int:
     try:
         _check_reachable(task, directory)
         runner = Runner(task, directory, earlier)
-        with RunLock(RunDirectory(directory), "launch.lock"), runner.stopper:
+        with RunLock(RunDirectory(directory), "launch.lock", needed=True), runner.stopper:
             runner.run()
     except UsageError:
         if created:
@@ -423,7 +423,9 @@ class Runner:
     def _book(self, shape: Shape, number: int, directory: RunDirectory) -> str:
         windows = read_windows(directory)
         repeat, warmup = measured(number, windows)
-        shutil.rmtree(directory.checkpoints, ignore_errors=True)  # nobody goes on with this run
+        shutil.rmtree(
+            directory.newest().checkpoints, ignore_errors=True
+        )  # nobody goes on with this run
         if shape.ranks >= self._results.ranks:
             self._results.ranks = shape.ranks
             self._results.bytes = bytes_per_update(windows)
