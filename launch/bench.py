@@ -423,9 +423,10 @@ class Runner:
     def _book(self, shape: Shape, number: int, directory: RunDirectory) -> str:
         windows = read_windows(directory)
         repeat, warmup = measured(number, windows)
-        shutil.rmtree(
-            directory.newest().checkpoints, ignore_errors=True
-        )  # nobody goes on with this run
+        # Nobody goes on with this run.
+        shutil.rmtree(directory.newest().checkpoints, ignore_errors=True)
+        if directory.checkpoints.is_symlink():
+            directory.checkpoints.unlink()
         if shape.ranks >= self._results.ranks:
             self._results.ranks = shape.ranks
             self._results.bytes = bytes_per_update(windows)

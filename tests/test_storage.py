@@ -1,4 +1,4 @@
-"""A run directory that cannot take more, met by a real process: one message, and it goes on later."""
+"""A run directory that can take no more, met by a real process: one message; it goes on later."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def train(
         [*words, "--run-dir", str(directory)],
         capture_output=True,
         text=True,
-        preexec_fn=before,  # noqa: PLW1509 - it sets a limit, and nothing else
+        preexec_fn=before,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
