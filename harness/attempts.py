@@ -127,7 +127,9 @@ class Attempt:
         return self.run.attempts / f".old-{place_name(number)}-{secrets.token_hex(8)}"
 
     def _end(self) -> None:
-        newest = newest_number(self.run.attempts)
+        newest = 0
+        with suppress(OSError):  # a file system that is gone
+            newest = newest_number(self.run.attempts)
         if newest <= self.number:
             raise StorageError(
                 f"{self.run.path}: this attempt's folder was moved, removed or unmounted while the "
