@@ -226,7 +226,7 @@ class Watched:
         self._shown: tuple[Record, int, bool] = ({}, 0, False)
         self._longest = 0.0
         """Longest silence that a line has followed while we watched, in seconds."""
-        self._changed: float | None = None
+        self._changed: list[float] = []
         self._age = self._seen_at = 0.0
         """How old the last line was when we saw that it was there, and when that was."""
         self.status = RunStatus("not started")
@@ -246,12 +246,11 @@ class Watched:
         told = self._told
         known = [*told.processes, *([told.checkpoint] if told.checkpoint else [])]
         self.status = standing(_sound(self._seen.last), known, self._plan)
-        times = (self._metrics.changed, self._events.changed)
-        changed = max((when for when in times if when is not None), default=None)
-        if changed is not None and changed != self._changed:
+        changed = [t for t in (self._metrics.changed, self._events.changed) if t is not None]
+        if changed and changed != self._changed:
             self._longest = max(self._longest, self.silence or 0.0)
-            first = self._changed is None
-            self._age = max(0.0, self._clock() - changed) if first else 0.0
+            first = not self._changed
+            self._age = max(0.0, self._clock() - max(changed)) if first else 0.0
             self._seen_at = self._ticks()
         self._changed = changed
 
@@ -262,7 +261,7 @@ class Watched:
     @property
     def silence(self) -> float | None:
         """Seconds since anything was written."""
-        return None if self._changed is None else self._age + self._ticks() - self._seen_at
+        return self._age + self._ticks() - self._seen_at if self._changed else None
 
     @property
     def patience(self) -> float:
