@@ -70,8 +70,9 @@ def rename(source, target, real=os.rename):
     if os.path.basename(source).startswith(".new-"):
         here = pathlib.Path(os.environ["MEET"])
         (here / os.environ["NAME"]).touch()
-        while len(list(here.iterdir())) < 2:
-            time.sleep(0.001)
+        until = time.monotonic() + 100
+        while len(list(here.iterdir())) < 2 and time.monotonic() < until:
+            time.sleep(0.01)
     real(source, target)
 
 fcntl.flock, os.rename = flock, rename
@@ -99,7 +100,7 @@ def test_of_two_that_begin_at_once_on_two_hosts_one_goes_on(tmp_path: Path) -> N
                     text=True,
                 )
                 ended.callback(racers[host].kill)
-            said = {host: racer.communicate(timeout=130)[1] for host, racer in racers.items()}
+            said = {host: racer.communicate(timeout=280)[1] for host, racer in racers.items()}
             codes = {host: racer.returncode for host, racer in racers.items()}
             assert sorted(codes.values()) == [0, 2], said
             winner, loser = sorted(codes, key=codes.__getitem__)
