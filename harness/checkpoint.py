@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,9 +19,11 @@ from typing import IO, Any, cast
 import torch
 
 from harness.errors import CheckpointError
-from harness.records import write_atomic
+from harness.records import sync_directory, write_atomic
 
-FORMAT = 4
+FORMAT = 5
+_READABLE = (4, 5)
+"""Format 4 did not say of which configuration it is."""
 State = dict[str, Any]
 
 _NAME = re.compile(r"update-(\d{8,})\.pt")
@@ -90,26 +91,35 @@ def save_checkpoint(
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    _sync_directory(directory)
+    sync_directory(directory)
     for _, old in _named(directory)[keep:]:
         old.unlink(missing_ok=True)
         _digest_path(old).unlink(missing_ok=True)
     return path
 
 
-def newest_valid(directory: Path, reject: Callable[[Path, str], None]) -> Found | None:
+def newest_valid(
+    directory: Path,
+    reject: Callable[[Path, str], None],
+    check: Callable[[bytes, str], None] | None = None,
+) -> Found | None:
     """The newest checkpoint whose digest holds; None if there is none at all.
 
-    ``reject`` is told of each broken one that is passed over. Raises CheckpointError if there are
-    checkpoints and all are broken.
+    ``check`` is given the content and the name of such a one, and raises CheckpointError if it is
+    not to be used all the same; ``reject`` is told of each one that is passed over. Raises
+    CheckpointError if there are checkpoints and all are passed over.
     """
     reasons = []
     for update, path in _named(directory):
         try:
             content = path.read_bytes()
             problem = _problem(path, content)
+            if problem is None and check is not None:
+                check(content, path.name)
         except OSError as error:
             problem = f"cannot be read: {error.strerror}"
+        except CheckpointError as error:
+            problem = str(error).removeprefix(f"{path.name}: ")
         if problem is None:
             return Found(path, update, content)
         reject(path, problem)
@@ -122,25 +132,36 @@ def newest_valid(directory: Path, reject: Callable[[Path, str], None]) -> Found 
     return None
 
 
+def set_aside(directory: Path, update: int) -> None:
+    """Give checkpoints after that update, which were passed over, a name under which they are not
+    looked at again: somebody may have a use for them."""
+    for number, path in _named(directory):
+        if number > update:
+            for one in (path, _digest_path(path)):
+                if one.exists():
+                    one.replace(one.with_name(f"{one.name}.rejected"))
+
+
 def load_state(content: bytes, name: str) -> State:
     """The state in a checkpoint's bytes, tensors on the CPU; raises CheckpointError."""
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError) as error:
+    except Exception as error:  # whatever torch's readers make of other bytes
         raise CheckpointError(f"{name}: not a checkpoint: {error}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or not _is_readable(state.get("format")):
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        newer = type(found) is int and found > FORMAT
         raise CheckpointError(
-            f"{name}: written in format {found}, but this version reads format {FORMAT}"
+            f"{name}: written in format {found}, but this version reads formats "
+            f"{_READABLE[0]} to {_READABLE[-1]}"
+            + "; a newer version wrote it; go on with that one"
+            * newer
         )
     return state
 
 
-def remove_partial(directory: Path) -> None:
-    """Remove what writers that died left behind; only for the holder of the run's lock."""
-    if directory.is_dir():
-        for path in directory.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+def _is_readable(found: object) -> bool:
+    return type(found) is int and found in _READABLE
 
 
 def _problem(path: Path, content: bytes) -> str | None:
@@ -168,11 +189,3 @@ def _named(directory: Path) -> list[tuple[int, Path]]:
                     yield int(match[1]), path
 
     return sorted(entries(), reverse=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -24,7 +24,8 @@ _OVERRIDES = "settings laid over the file, such as batch.initial=128"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code (0 done, 1 failed, 2 bad usage, 75 stopped early)."""
+    """Entry point; returns the exit code (0 done, 1 failed, 2 bad usage, 74 run directory not
+    writable, 75 stopped early, 76 superseded)."""
     options = _parse(arguments)
     if sys.stdout is None:  # closed by the caller, as in `harness plan … >&-`
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as we live

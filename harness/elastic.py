@@ -105,7 +105,7 @@ class Membership:
         self._compare_hosts(comm)
         if first and self._lost_one:
             self._set_failures_aside()
-        flags = [self._worlds > 0, first and run.config.exists(), first and resume]
+        flags = [self._worlds > 0, first and run.newest().config.exists(), first and resume]
         begun, there, asked = allreduce(comm, torch.tensor(flags).float(), "elastic.begun").tolist()
         return bool(asked or (begun and there))
 

@@ -20,7 +20,12 @@ GROW = "HARNESS_GROW"
 """The most ranks that someone can start next, so stop with code 75 when as many are wanted; 0: this
 launch goes on to the end."""
 LAUNCHED_AT = "HARNESS_LAUNCHED_AT"
-"""When the ranks were started, in seconds since the epoch: what a start costs is measured by it."""
+"""When the ranks were started, as ``moment`` tells it: what a start costs is measured by it."""
+ENDED_AT = "HARNESS_ENDED_AT"
+"""When this launching process's last ranks had ended, as ``moment`` tells it."""
+ATTEMPTS_BEFORE = "HARNESS_ATTEMPTS_BEFORE"
+"""The newest attempt at the run when the launching process began: ranks that find one since then
+which is not of its launches have been superseded before they begin."""
 RANKS_PER_GPU = "HARNESS_RANKS_PER_GPU"
 """How many ranks share a GPU."""
 MPS = "HARNESS_MPS"
@@ -57,6 +62,8 @@ _PLACE = (
     "HOROVOD_CROSS_SIZE",
 )
 _OF_MPI = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+
+_LOADED = time.monotonic()
 
 FORWARDED = ("HOROVOD_", "NCCL_", "GLOO_", "MASTER_ADDR", "MASTER_PORT")
 """Beginnings of the variables by which a user sets up the communication; mpirun takes only those to
@@ -190,18 +197,55 @@ def growth_limit() -> int:
     return _first((GROW,)) or 0
 
 
-def seconds_since_launch() -> float | None:
-    """How long ago the ranks were started, by the clock on the wall; None if nobody said when."""
+def moment() -> str:
+    """This moment, in a form from which another process can tell how long ago it was."""
+    return f"{_boot()},{time.monotonic():.3f},{time.time():.3f}"
+
+
+def seconds_since(moment: str) -> float | None:
+    """How long ago that was; None if it cannot be told.
+
+    On the machine where it was, by the clock that nobody sets. On another one there is only the
+    clock on the wall, which may have been set or be wrong: what it says is taken for no less than
+    this process's life and no more than ten minutes longer, else for nothing.
+    """
     try:
-        return max(0.0, time.time() - float(os.environ[LAUNCHED_AT]))
-    except (KeyError, ValueError):
+        boot, ticks, wall = moment.split(",")
+        if boot == _boot():
+            return max(0.0, time.monotonic() - float(ticks))
+        seconds, lived = time.time() - float(wall), time.monotonic() - _LOADED
+    except ValueError:
         return None
+    return seconds if lived <= seconds <= lived + 600.0 else None
+
+
+def _boot() -> str:
+    """Names this start of this machine, within which its clock that nobody sets counts on."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return "unknown-" + socket.gethostname()
+
+
+def attempts_before() -> int | None:
+    return _first((ATTEMPTS_BEFORE,))
+
+
+def seconds_since_launch() -> float | None:
+    """How long ago the ranks were started; None if that is not known."""
+    return seconds_since(os.environ.get(LAUNCHED_AT, ""))
+
+
+def seconds_since_end() -> float | None:
+    """How long ago the launch before this one ended; None if there was none, or it is not known."""
+    return seconds_since(os.environ.get(ENDED_AT, ""))
 
 
 def launched_now() -> None:
     """Measure by this moment what the next start takes, if it is measured at all."""
+    os.environ.pop(ENDED_AT, None)
     if LAUNCHED_AT in os.environ:
-        os.environ[LAUNCHED_AT] = str(time.time())
+        os.environ[LAUNCHED_AT] = moment()
 
 
 def ranks_per_gpu() -> int:

@@ -10,7 +10,9 @@ HarnessError             exit code 1
   CheckpointError        no checkpoint can be read, or one does not fit this model
   RankFailure            a rank died, or the ranks do not form the world that was promised
     PeerLost             the same seen from another rank: a consequence, not the cause
+  StorageError           exit code 74: the run directory cannot be written while the run goes on
   StoppedEarly           exit code 75: stopped on request, with a checkpoint; run again to go on
+  Superseded             exit code 76: a newer attempt has taken the run over; this one ends
 """
 
 from __future__ import annotations
@@ -60,5 +62,13 @@ class PeerLost(RankFailure):
     pass
 
 
+class StorageError(HarnessError):
+    exit_code = 74
+
+
 class StoppedEarly(HarnessError):  # noqa: N818
     exit_code = 75
+
+
+class Superseded(HarnessError):  # noqa: N818 - what has happened to this attempt
+    exit_code = 76

@@ -43,7 +43,7 @@ class Follower:
         self.broken = 0
         """Lines that are no JSON object."""
         self.changed: float | None = None
-        """When the file was written to last, in seconds since the epoch."""
+        """When the file was written to last, in seconds since the epoch, by its server's clock."""
 
     def read(self) -> tuple[bool, list[Record]]:
         """Whether all that was read before is void, and the records that are new.

@@ -9,30 +9,36 @@
     traces/         of chosen updates, where profile.trace asks for it; Horovod's timeline
     failures/       the last words of ranks that failed
     report/         index.html, summary.json, *.csv, *.svg
+    attempts/       what the first six lines' names lead to: a folder of the newest attempt's own
+    launches/       the same for what a launching process and its ranks tell each other
 
-Only rank 0 writes records. A line goes out in one ``write``, so a killed process leaves at most one
-partial line, at the end, which the next attempt cuts off.
+Only rank 0 writes records, and only in its attempt's folder (harness/attempts.py says why). A line
+goes out in one ``write``, so a killed process leaves at most one partial line, at the end, which
+the next attempt does not take over.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
 import os
+import re
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import yaml
 
-from harness.errors import RunDirectoryError
+from harness.errors import RunDirectoryError, StorageError
 
 Record = dict[str, Any]
 
@@ -56,39 +62,73 @@ TRAJECTORY_EVENTS = frozenset(
 )
 
 
+ITEMS = (
+    "config.yaml",
+    "provenance.json",
+    "plan.json",
+    "metrics.jsonl",
+    "events.jsonl",
+    "layers.jsonl",
+    "checkpoints",
+    "tensorboard",
+)
+"""What belongs to an attempt."""
+_ATTEMPT = re.compile(r"\d{8,}")
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """Names of everything in a run directory; creates nothing by itself."""
 
     path: Path
+    place: Path | None = None
+    """Where the records of one attempt are; None: whatever the names in ``path`` lead to."""
+    launch: Path | None = None
+    """Where one launching process and its ranks leave word for each other; None: in ``path``."""
 
     @property
     def config(self) -> Path:
-        return self.path / "config.yaml"
+        return self._records / "config.yaml"
 
     @property
     def provenance(self) -> Path:
-        return self.path / "provenance.json"
+        return self._records / "provenance.json"
 
     @property
     def plan(self) -> Path:
-        return self.path / "plan.json"
+        return self._records / "plan.json"
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self._records / "metrics.jsonl"
 
     @property
     def events(self) -> Path:
-        return self.path / "events.jsonl"
+        return self._records / "events.jsonl"
 
     @property
     def layers(self) -> Path:
-        return self.path / "layers.jsonl"
+        return self._records / "layers.jsonl"
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self._records / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self._records / "tensorboard"
+
+    @property
+    def _records(self) -> Path:
+        return self.place or self.path
+
+    @property
+    def attempts(self) -> Path:
+        return self.path / "attempts"
+
+    @property
+    def launches(self) -> Path:
+        return self.path / "launches"
 
     @property
     def traces(self) -> Path:
@@ -96,7 +136,12 @@ class RunDirectory:
 
     @property
     def failures(self) -> Path:
-        return self.path / "failures"
+        return (self.launch or self.path) / "failures"
+
+    @property
+    def elastic(self) -> Path:
+        """What tells Horovod Elastic which hosts there are."""
+        return (self.launch or self.path) / "elastic"
 
     @property
     def report(self) -> Path:
@@ -110,15 +155,32 @@ class RunDirectory:
     @property
     def stop_relay(self) -> Path:
         """The same, from the launching process on behalf of a signal that it got; gone with it."""
-        return self.path / "stop-signal"
+        return (self.launch or self.path) / "stop-signal"
 
     @property
     def launch_log(self) -> Path:
         return self.path / "launch.log"
 
+    def newest(self) -> RunDirectory:
+        """The same with the newest attempt's records.
+
+        They are in its folder, whatever a name in ``path`` leads to: an attempt that was frozen as
+        it made those names may have led them back to its own. Where a name is no link the directory
+        is a copy, or from before attempts had folders, and its names are what counts.
+        """
+        number = newest_number(self.attempts)
+        plain = any(
+            os.path.lexists(name) and not name.is_symlink()
+            for name in map(self.path.joinpath, ITEMS)
+        )
+        place = None if plain or not number else self.attempts / place_name(number)
+        return replace(self, place=place)
+
     @property
     def holds_run(self) -> bool:
-        return any(p.exists() for p in (self.config, self.metrics, self.events, self.checkpoints))
+        """Whether a run has begun here."""
+        run = self.newest()
+        return any(p.exists() for p in (run.config, run.metrics, run.events, run.checkpoints))
 
     def check_usable(self, resume: bool) -> None:
         """Raise RunDirectoryError unless a run may start here (or go on, with ``resume``)."""
@@ -130,7 +192,7 @@ class RunDirectory:
     def _check_usable(self, resume: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise RunDirectoryError(f"{self.path} is not a directory; choose another --run-dir")
-        if resume and not self.config.exists():
+        if resume and not self.newest().config.exists():
             raise RunDirectoryError(
                 f"{self.path} holds no run to resume (no config.yaml); "
                 "leave out --resume to start one"
@@ -142,28 +204,53 @@ class RunDirectory:
             )
 
 
+def place_name(number: int) -> str:
+    return f"{number:08d}"
+
+
+def newest_number(folder: Path) -> int:
+    """The highest number among the folders of attempts, or of launches; 0 if there is none."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    return max((int(name) for name in names if _ATTEMPT.fullmatch(name)), default=0)
+
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
 class RunLock:
     """An advisory lock that one process (rank 0) holds for as long as it writes to a run directory.
 
-    It lives in the kernel, so it goes with the process that held it, however that died.
+    It lives in the kernel, so it goes with the process that held it, however that died. On a shared
+    file system it may also go with the network: no more than an early word that a run is in use.
     """
 
-    def __init__(self, run: RunDirectory, name: str = "lock") -> None:
+    def __init__(self, run: RunDirectory, name: str = "lock", needed: bool = False) -> None:
+        """``needed``: refuse a file system without locks; else do without, as attempts are kept
+        apart by their folders."""
         self._path = run.path / name
+        self._needed = needed
         self._fd: int | None = None
 
     def acquire(self, patience: float = 0.0) -> None:
         """Take the lock; raise RunDirectoryError with its holder after ``patience`` seconds."""
-        try:
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise RunDirectoryError(f"{self._path}: cannot be opened: {error.strerror}") from None
-        try:
-            self._take(fd, patience)
-        except BaseException:
-            os.close(fd)
-            raise
-        self._fd = fd
+        deadline = time.monotonic() + patience
+        while self._fd is None:
+            try:
+                fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except OSError as error:
+                told = f"{self._path}: cannot be opened: {error.strerror}"
+                raise RunDirectoryError(told) from None
+            try:
+                self._take(fd, deadline)
+                if self._is_file_of(fd):  # its last holder may have removed the file meanwhile
+                    self._sign(fd)
+                    self._fd = fd
+            finally:
+                if self._fd != fd:
+                    os.close(fd)
 
     def discard(self) -> None:
         """Give up a directory in which nothing has been written: remove the file, and with it the
@@ -173,8 +260,7 @@ class RunLock:
             with suppress(OSError):
                 self._path.parent.rmdir()
 
-    def _take(self, fd: int, patience: float) -> None:
-        deadline = time.monotonic() + patience
+    def _take(self, fd: int, deadline: float) -> None:
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -189,13 +275,25 @@ class RunLock:
                     "stop it, or choose another directory"
                 ) from None
             except OSError as error:
+                if error.errno in _NO_LOCKS and not self._needed:
+                    break
                 raise RunDirectoryError(
                     f"{self._path}: cannot be locked: {error.strerror}; choose a --run-dir on a "
                     "file system that has locks"
                 ) from None
+
+    def _is_file_of(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(fd), os.stat(self._path))
+        except FileNotFoundError:
+            return False
+
+    def _sign(self, fd: int) -> None:
         os.ftruncate(fd, 0)
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()} since {started}\n".encode(), 0)
+        with suppress(OSError):  # a full disk: the lock holds without a name in it
+            text = f"pid {os.getpid()} on {socket.gethostname()} since {started}\n"
+            os.pwrite(fd, text.encode(), 0)
 
     def release(self) -> None:
         if self._fd is not None:
@@ -238,6 +336,16 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def write_all(fd: int, content: bytes, path: Path) -> None:
+    """Write in one piece; where the disk takes only a part, OSError says why it takes no more."""
+    written = os.write(fd, content)
+    while written < len(content):
+        more = os.write(fd, content[written:])
+        if not more:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        written += more
+
+
 class JsonlWriter:
     """Appends records to a JSON Lines file, a line in one write."""
 
@@ -246,12 +354,7 @@ class JsonlWriter:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
     def append(self, record: Record) -> None:
-        line = encode(record)
-        written = os.write(self._fd, line)
-        if written != len(line):
-            raise OSError(
-                f"{self._path}: only {written} of {len(line)} bytes were written; disk full?"
-            )
+        write_all(self._fd, encode(record), self._path)
 
     def end_line(self) -> None:
         """Make what follows a line of its own, after a writer that was killed in the middle of
@@ -291,6 +394,7 @@ def parse_line(line: bytes) -> Record | None:
 def furthest(run: RunDirectory) -> tuple[int, int]:
     """(updates, samples) up to which the records tell of training; at most a logging window less
     than what was done."""
+    run = run if run.place else run.newest()
     updates = samples = 0
     for record in (*read_jsonl(run.events), _last_line(run.metrics)):
         update, seen = (record or {}).get("update"), (record or {}).get("samples_seen")
@@ -348,14 +452,18 @@ class Position:
     layers: int = 0
 
 
-def rewind(run: RunDirectory, position: Position) -> int:
-    """Cut what was recorded after a checkpoint, so that the resumed run writes it anew, once.
+def rewind(run: RunDirectory, position: Position, into: RunDirectory | None = None) -> int:
+    """Leave out what was recorded after a checkpoint, so that the resumed run writes it anew, once.
 
-    Returns how many lines of metrics are missing from before it: 0 unless someone took them away,
-    since lines are on the disk before a checkpoint counts.
+    ``into``: where the records go on; by default they stay where they are. Either way the files are
+    fresh ones: a writer that still has the old ones open writes into those.
+
+    Returns how many lines of metrics are missing from before the checkpoint: 0 unless someone took
+    them away, since lines are on the disk before a checkpoint counts.
     """
-    missing = position.metrics - _keep_lines(run.metrics, position.metrics)
-    _keep_lines(run.layers, position.layers)
+    into = into or run
+    missing = position.metrics - _keep_lines(run.metrics, into.metrics, position.metrics)
+    _keep_lines(run.layers, into.layers, position.layers)
     seen = 0
     kept = []
     for record in read_jsonl(run.events):
@@ -367,24 +475,55 @@ def rewind(run: RunDirectory, position: Position) -> int:
                 continue
         kept.append(encode(record))
     if run.events.exists():
-        write_atomic(run.events, b"".join(kept))
+        write_atomic(into.events, b"".join(kept))
     return missing
 
 
-def _keep_lines(path: Path, count: int) -> int:
-    """Cut a file after its first ``count`` lines, in place: it may be too long to copy.
+def _keep_lines(source: Path, target: Path, count: int) -> int:
+    """Copy the first ``count`` lines of a file, which may be long; it is there in one step.
 
     Returns how many of them there are.
     """
-    if not path.exists():
+    if not source.exists():
         return 0
-    with path.open("rb+") as file:
-        kept = end = 0
-        while kept < count and file.readline().endswith(b"\n"):
+    with source.open("rb") as file, replacing(target) as copy:
+        kept = 0
+        while kept < count and (line := file.readline()).endswith(b"\n"):
+            copy.write(line)
             kept += 1
-            end = file.tell()
-        file.truncate(end)
     return kept
+
+
+_ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "have its file system mounted for writing",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.ENOENT: "it was moved, removed or unmounted",
+    errno.ESTALE: "it was moved, removed or unmounted",
+    errno.EIO: "look after its file system",
+}
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """What has kept a run from being recorded in ``path``, and what to do about it."""
+    where = error.filename if isinstance(error.filename, str) else str(path)
+    advice = _ADVICE.get(error.errno or 0, "look after its file system")
+    return StorageError(
+        f"{where}: {error.strerror or error}; {advice}. What was written before is whole, and the "
+        "run goes on from its newest checkpoint once it can write there"
+    )
+
+
+@contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Around what writes to a run directory: raises StorageError where that fails."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(path, error) from None
 
 
 @contextmanager
@@ -401,20 +540,34 @@ def creating(path: Path, instead: str) -> Iterator[None]:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace a file in one step: readers see the old bytes or the new ones, also after a crash."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of ``path`` in one step, if nothing is raised."""
+    # Processes of several hosts may have the same number.
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with partial.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
+        with suppress(OSError):  # as a directory that was made read-only
+            partial.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(handle)
     finally:
-        os.close(directory)
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -443,7 +596,7 @@ def read_run(path: Path, metrics: bool = True) -> RunRecords:
     """Read a run directory with whatever is there; raises RunDirectoryError if it is no run.
 
     ``metrics``: read metrics.jsonl, which may have a million lines."""
-    run = RunDirectory(path)
+    run = RunDirectory(path).newest()
     if not path.is_dir():
         raise RunDirectoryError(f"{path} is not a directory; give a run directory (…/runs/NAME)")
     if not run.holds_run:

@@ -32,6 +32,7 @@ from harness.journal import Journal
 from harness.keyed import fold_key
 from harness.profiler import Profiler
 from harness.progress import Display, Pace, Status
+from harness.resume import settled
 from harness.schedule.clock import Clock, step, update_size
 from harness.schedule.configured import rate_schedule, stage_scheduler
 from harness.schedule.growth import BatchDecision, Observation
@@ -74,6 +75,7 @@ class Trainer:
         ``membership``: where ranks can come and go without an end of the processes."""
         self._membership = membership
         self._config, self._data, self._model, self._comm = config, data, model, comm
+        self._settings = settled(config)
         self._journal, self._display, self._stop = journal, display, stop
         self._grow, self._start_seconds = grow, start_seconds
         size = len(data.train)
@@ -121,6 +123,7 @@ class Trainer:
         """Everything that the rest of the run depends on."""
         self._window.spend(self._profiler.take())
         return {
+            "settings": self._settings,
             "model": self._model.state_dict(),
             **self._step.state_dict(),
             "tuned": None if self._tuned is None else self._tuned.as_dict(),

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from harness import checkpoint, environment
+from harness.attempts import Attempt, Draft, check_format
 from harness.autotune import Tuned, slower_than_none, tune
 from harness.benchstats import Enough
 from harness.comm import Communicator, allreduce, broadcast_bytes, open_communicator
@@ -25,7 +26,7 @@ from harness.config import dump_config, load_config
 from harness.data.datasets import ImageData
 from harness.data.shared import load_shared
 from harness.elastic import LeftOut, Membership, Regroup
-from harness.errors import PeerLost, RunDirectoryError, StoppedEarly
+from harness.errors import CheckpointError, PeerLost, RunDirectoryError, StoppedEarly
 from harness.evaluate import Evaluation
 from harness.journal import Journal
 from harness.last_words import leave_at_once, leave_last_words
@@ -39,11 +40,10 @@ from harness.records import (
     RunLock,
     furthest,
     read_jsonl,
-    rewind,
     write_atomic,
     write_json,
 )
-from harness.resume import check_same_run, keep_choices
+from harness.resume import check_same_run, check_same_settings, keep_choices
 from harness.schedule.plan import build_plan
 from harness.schema import Config
 from harness.stop import StopRequest
@@ -61,6 +61,8 @@ class _Resumed:
     name: str = ""
     rejected: list[tuple[str, str]] = field(default_factory=list)
     state: checkpoint.State | None = None
+    draft: Draft | None = None
+    """Rank 0's, of a run that goes on."""
     lines_missing: int = 0
     """Lines of metrics.jsonl that the checkpoint counts on and that are gone."""
     furthest: tuple[int, int] = (0, 0)
@@ -77,7 +79,8 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: Path, resume: bo
     try:
         config = load_config(config_path, overrides)
         _start_mps()
-        run = RunDirectory(run_dir)
+        words = environment.failure_dir()
+        run = RunDirectory(run_dir, launch=None if words is None else words.parent)
         seconds = environment.seconds_to_measure()
         enough = None if seconds is None else Enough(seconds)
         stop = StopRequest(run.stop_request, run.stop_relay, enough=enough)
@@ -148,17 +151,19 @@ def _run(
             if comm.rank == 0 and not resume:
                 lock.discard()  # no run has begun
             raise
-        resumed = _resume(run, comm) if resume else _Resumed()
-        if comm.rank == 0:
-            if not resume:
-                write_atomic(run.config, dump_config(config).encode())
-            resumed.furthest = furthest(run)
-            resumed.lines_missing = rewind(run, resumed.position)
-            if environment.failure_dir() is None and membership is None:
-                stop.clear()  # else who has started the ranks has done so before
-        scalars = _scalars(config, run, resumed) if comm.rank == 0 else None
+        resumed = _resume(config, run, comm, held) if resume else _Resumed()
+        attempt = together(
+            comm, lambda: _begin(config, run, resumed, resume, held) if comm.rank == 0 else None
+        )
+        if comm.rank == 0 and environment.failure_dir() is None and membership is None:
+            stop.clear()  # else who has started the ranks has done so before
+        if attempt is not None:
+            run = attempt.run
         keep = config.train.keep_checkpoints
-        journal = Journal(run, comm.rank == 0, keep, resumed.position, scalars)
+        scalars = together(
+            comm, lambda: None if attempt is None else _scalars(config, attempt, resumed)
+        )
+        journal = Journal(run, comm.rank == 0, keep, resumed.position, scalars, attempt)
         held.callback(journal.close)
         display = _display(comm)
         held.callback(display.close)
@@ -180,12 +185,13 @@ def _run(
         )
         if resumed.state is not None:
             state = resumed.state
-            together(comm, lambda: trainer.load_state_dict(state))
-        if comm.rank == 0:
+            together(comm, lambda: _load(trainer, state, resumed.name))
+        if attempt is not None:
             if membership is not None and membership.lost_at is not None:
                 said = {"reason": membership.reason, "rank": None, "host": None}
                 journal.event("fault", trainer.clock.updates, time=membership.lost_at, **said)
-            _introduce(config, run, comm, trainer, journal, resumed)
+            with attempt.writing():
+                _introduce(config, run, comm, trainer, journal, resumed, display)
             if tuned is not None:
                 journal.event("autotune", trainer.clock.updates, **tuned.as_dict())
             if membership is not None and membership.reason is not None:
@@ -216,20 +222,39 @@ def _take(config: Config, run: RunDirectory, lock: RunLock, resume: bool) -> Non
     except OSError as error:
         raise RunDirectoryError(f"{run.path}: cannot be used: {error.strerror or error}") from None
     if resume:
+        check_format(run)
         check_same_run(config, run)
-        keep_choices(config, run)
-    checkpoint.remove_partial(run.path)
-    checkpoint.remove_partial(run.checkpoints)
 
 
-def _scalars(config: Config, run: RunDirectory, resumed: _Resumed) -> Scalars | None:
+def _begin(
+    config: Config, run: RunDirectory, resumed: _Resumed, resume: bool, held: ExitStack
+) -> Attempt:
+    """Rank 0: take over what the checkpoint knows of, and be the newest attempt from here on."""
+    draft = resumed.draft
+    if draft is None:
+        draft = Draft(run, fresh=not resume, before=environment.attempts_before())
+        held.callback(draft.discard)
+    resumed.furthest = furthest(run)
+    resumed.lines_missing = draft.take_records(resumed.position)
+    with draft.making():
+        if resume:
+            keep_choices(config, draft.run)
+        else:
+            write_atomic(draft.run.config, dump_config(config).encode())
+    return draft.commit()
+
+
+def _scalars(config: Config, attempt: Attempt, resumed: _Resumed) -> Scalars | None:
     seen = resumed.state["samples_seen"] if resumed.state else 0
-    return open_scalars(config.train.tensorboard, run, seen)
+    with attempt.writing():
+        scalars = open_scalars(config.train.tensorboard, attempt.run, seen)
+        attempt.publish()
+        return scalars
 
 
-def _resume(run: RunDirectory, comm: Communicator) -> _Resumed:
+def _resume(config: Config, run: RunDirectory, comm: Communicator, held: ExitStack) -> _Resumed:
     """The newest valid checkpoint, read by rank 0 and given to all, so that all have the same."""
-    resumed = together(comm, lambda: _find(run) if comm.rank == 0 else _Resumed())
+    resumed = together(comm, lambda: _find(config, run, held) if comm.rank == 0 else _Resumed())
     resumed.content = broadcast_bytes(comm, resumed.content if comm.rank == 0 else None, "resume")
     if resumed.content:
         resumed.state = together(
@@ -239,14 +264,32 @@ def _resume(run: RunDirectory, comm: Communicator) -> _Resumed:
     return resumed
 
 
-def _find(run: RunDirectory) -> _Resumed:
-    resumed = _Resumed()
-    found = checkpoint.newest_valid(
-        run.checkpoints, lambda path, why: resumed.rejected.append((path.name, why))
-    )
-    if found is not None:
-        resumed.content, resumed.name = found.content, found.path.name
+def _find(config: Config, run: RunDirectory, held: ExitStack) -> _Resumed:
+    """Rank 0: what the next attempt is to begin from, in a folder of its own already."""
+
+    def check(content: bytes, name: str) -> None:
+        check_same_settings(checkpoint.load_state(content, name).get("settings"), config, name)
+
+    draft = Draft(run, before=environment.attempts_before())
+    held.callback(draft.discard)
+    resumed = _Resumed(draft=draft)
+    with draft.making():
+        found = checkpoint.newest_valid(
+            draft.run.checkpoints,
+            lambda path, why: resumed.rejected.append((path.name, why)),
+            check,
+        )
+        if found is not None:
+            checkpoint.set_aside(draft.run.checkpoints, found.update)
+            resumed.content, resumed.name = found.content, found.path.name
     return resumed
+
+
+def _load(trainer: Trainer, state: checkpoint.State, name: str) -> None:
+    try:
+        trainer.load_state_dict(state)
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{name}: does not fit this run: {error}") from error
 
 
 def _start_timeline(run: RunDirectory, comm: Communicator, display: Display) -> None:
@@ -301,6 +344,7 @@ def _introduce(
     trainer: Trainer,
     journal: Journal,
     resumed: _Resumed,
+    display: Display,
 ) -> None:
     """Rank 0: write down who runs, on what, and from where."""
     attempts = sum(1 for r in read_jsonl(run.events) if r and r.get("kind") in ("start", "resume"))
@@ -323,11 +367,16 @@ def _introduce(
         checkpoint=resumed.name or None,
         metrics_lines_missing=resumed.lines_missing,
         start_seconds=environment.seconds_since_launch(),
+        seconds_since_end=environment.seconds_since_end(),
         updates_repeated=max(0, resumed.furthest[0] - trainer.clock.updates),
         samples_repeated=max(0, resumed.furthest[1] - trainer.clock.samples),
     )
     for name, why in resumed.rejected:
         journal.event("checkpoint_rejected", trainer.clock.updates, file=name, reason=why)
+        display.say(
+            f"harness: warning: checkpoint {name} is passed over: {why}; going on from "
+            f"{resumed.name or 'the start'}"
+        )
 
 
 def _set_threads(config: Config) -> None:

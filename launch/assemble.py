@@ -140,7 +140,7 @@ def command_line(job: Job, spec: LaunchSpec) -> tuple[LaunchSpec, list[str]]:
     and go, up to what the run may grow to, which has other variables too."""
     if not job.config.launch.elastic:
         return spec, MODULES[job.launcher].arguments(spec)
-    folder = job.directory.path.resolve() / "elastic"
+    folder = job.directory.elastic.resolve()
     most = max(job.grow, spec.ranks)
     variables = {**spec.environment, **elastic.variables(1, most, folder)}
     del variables[environment.WORLD_SIZE]

@@ -99,7 +99,7 @@ def bench(request: BenchRequest) -> int:
     directory = request.out or _fresh(task.config)
     _earlier(task, directory)  # refuses what is no bench, or another one
     created = _create(directory)
-    with RunLock(RunDirectory(directory), "launch.lock"):
+    with RunLock(RunDirectory(directory), "launch.lock", needed=True):
         # What there is now: another process may have gone on with it until a moment ago.
         earlier = _earlier(task, directory) if holds_bench(directory) else None
         try:
@@ -431,7 +431,10 @@ class Runner:
     def _book(self, shape: Shape, number: int, directory: RunDirectory) -> str:
         windows = read_windows(directory)
         repeat, warmup = measured(number, windows)
-        shutil.rmtree(directory.checkpoints, ignore_errors=True)  # nobody goes on with this run
+        # Nobody goes on with this run.
+        shutil.rmtree(directory.newest().checkpoints, ignore_errors=True)
+        if directory.checkpoints.is_symlink():
+            directory.checkpoints.unlink()
         if shape.ranks >= self._results.ranks:
             self._results.ranks = shape.ranks
             self._results.bytes = bytes_per_update(windows)

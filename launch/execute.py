@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Self
 
 from harness.errors import LaunchError
 from harness.progress import Display, parse_relayed
@@ -49,7 +49,7 @@ def execute(
     The command, and all that it prints, is added to the directory's launch.log. Raises LaunchError
     if the launcher is not there.
     """
-    with directory.launch_log.open("a", encoding="utf-8") as log:
+    with _Log(directory.launch_log) as log:
         log.write(f"$ {spec.as_shell_command(argv)}\n")
         process = _start(argv, spec)
         with stopper.watching(process, display):
@@ -78,15 +78,35 @@ def _start(argv: Sequence[str], spec: LaunchSpec) -> subprocess.Popen[str]:
     )
 
 
+class _Log:
+    """launch.log, which is for people: that it cannot grow does not end a run."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[bytes] | None = None
+        with suppress(OSError):
+            self._file = path.open("ab", buffering=0)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            if self._file is not None:
+                self._file.write(text.encode())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+
+
 def _pump(
-    process: subprocess.Popen[str], display: Display, log: IO[str], tag: re.Pattern[str] | None
+    process: subprocess.Popen[str], display: Display, log: _Log, tag: re.Pattern[str] | None
 ) -> str:
     own_words: deque[str] = deque(maxlen=_LAST_LINES)
     assert process.stdout is not None  # noqa: S101 - it is a pipe, for the type checker
     for line in process.stdout:
-        with suppress(OSError):  # a log that cannot grow does not end a run
-            log.write(line)
-            log.flush()
+        log.write(line)
         status = parse_relayed(line)
         if status is not None:
             display.show(status)
@@ -151,7 +171,8 @@ class Stopper:
             kill_group(self._process)
             return
         self.asked = True
-        self._ask()
+        with suppress(OSError):  # the directory is gone, and so are its ranks
+            self._ask()
         self._say(f"harness: asked the ranks to stop {self._manner} (Ctrl-C again ends them now)")
 
     def _say(self, text: str) -> None:

@@ -110,7 +110,7 @@ def list_path(run_dir: Path) -> Path:
 def list_lock(run_dir: Path) -> Iterator[None]:
     """Held by a process while it changes the list. Raises RunDirectoryError if another one does not
     let go of it."""
-    lock = RunLock(RunDirectory(run_dir), "slurm/jobs.lock")
+    lock = RunLock(RunDirectory(run_dir), "slurm/jobs.lock", needed=True)
     lock.acquire(_PATIENCE)
     try:
         yield

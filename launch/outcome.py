@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from harness.errors import StoppedEarly, UsageError
+from harness.errors import HarnessError, StoppedEarly, StorageError, Superseded, UsageError
 from harness.records import RunDirectory
 from harness.resume import has_finished, ranks_wanted
 from launch import elastic
@@ -35,6 +36,15 @@ class Outcome:
     """The host on which it failed, as the host list has it, if that is known."""
     final: bool = False
     """Whether another launch would end in the same way."""
+    exit_code: int = 1
+    """Of a failure: as of the error that a rank has ended with, where it is one of its own."""
+
+
+# Of ranks whose last words could not be written either; they are in the output above.
+_TOLD_BY_CODE: dict[type[HarnessError], str] = {
+    StorageError: "the run directory cannot be written",
+    Superseded: "another attempt has taken the run over",
+}
 
 
 def judge(ended: Ended, spec: LaunchSpec, directory: RunDirectory) -> Outcome:
@@ -52,6 +62,9 @@ def judge(ended: Ended, spec: LaunchSpec, directory: RunDirectory) -> Outcome:
     if StoppedEarly.exit_code in (ended.exit_code, death and death.exit_code):
         grows = ranks_wanted(directory) > spec.ranks
         return Outcome("grow" if grows else "stopped")
+    for kind, what in _TOLD_BY_CODE.items():
+        if kind.exit_code in (ended.exit_code, death and death.exit_code):
+            return Outcome("failed", what, final=True, exit_code=kind.exit_code)
     noticed = {note["rank"]: note["message"] for note in _notes(directory)}
     if death is not None and death.rank in noticed:
         said = f"a rank has left without a word; rank {death.rank}: {noticed[death.rank]}"
@@ -65,7 +78,9 @@ def judge(ended: Ended, spec: LaunchSpec, directory: RunDirectory) -> Outcome:
         gone = f"host {host} was lost: " if host else ""
         early = " before the run's end" if ended.exit_code == 0 else ""
         message = f"{gone}the launcher ended with exit code {ended.exit_code}{early}\n{said}"
-        return Outcome("failed", message.rstrip(), host=host, final=not directory.config.exists())
+        return Outcome(
+            "failed", message.rstrip(), host=host, final=not directory.newest().config.exists()
+        )
     return Outcome("failed", f"{_cause(death, host)}, and the job was ended", death.rank, host)
 
 
@@ -90,12 +105,15 @@ def _by_its_words(note: dict[str, Any], spec: LaunchSpec, directory: RunDirector
     message = f"rank {note['rank']} on {note['host']}: {note['message']}"
     if note["traceback"]:
         trace = directory.failures / f"rank-{note['rank']:05d}.txt"
-        trace.write_text(note["traceback"], encoding="utf-8")
+        with suppress(OSError):  # where the disk is full it is in the rank's own note still
+            trace.write_text(note["traceback"], encoding="utf-8")
         message += f" (traceback in {trace})"
     host = spec.host_of(note["rank"])
     # What keeps a run from beginning is nothing that passes by itself.
-    final = note.get("final", False) or not directory.config.exists()
-    return Outcome("failed", message, note["rank"], host, final)
+    final = note.get("final", False) or not directory.newest().config.exists()
+    own = note["exit_code"] in {kind.exit_code for kind in _TOLD_BY_CODE}
+    code = note["exit_code"] if own else HarnessError.exit_code
+    return Outcome("failed", message, note["rank"], host, final, code)
 
 
 def _host_of(death: Death | None, lost: str | None, spec: LaunchSpec) -> str | None:

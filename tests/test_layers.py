@@ -44,6 +44,7 @@ ABOVE_THE_LINE = (
     "harness.schedule.configured",
     "harness.schedule.plan",
     "harness.records",
+    "harness.attempts",
     "harness.benchfile",
     "harness.benchstats",
     "harness.benchruns",
