@@ -8,6 +8,7 @@
     tensorboard/    a copy of metrics and evaluations as TensorBoard's event files
     traces/         of chosen updates, where profile.trace asks for it; Horovod's timeline
     failures/       the last words of ranks that failed
+    stacks/         where the ranks were when the job hung
     report/         index.html, summary.json, *.csv, *.svg
 
 Only rank 0 writes records. A line goes out in one ``write``, so a killed process leaves at most one
@@ -97,6 +98,10 @@ class RunDirectory:
     @property
     def failures(self) -> Path:
         return self.path / "failures"
+
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
 
     @property
     def report(self) -> Path:

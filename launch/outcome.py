@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from harness.errors import StoppedEarly, UsageError
@@ -13,6 +13,7 @@ from harness.records import RunDirectory
 from harness.resume import has_finished, ranks_wanted
 from launch import elastic
 from launch.deaths import Death, first_death, lost_host
+from launch.hangs import Hang
 from launch.spec import LaunchSpec
 
 
@@ -23,6 +24,10 @@ class Ended:
     exit_code: int
     own_words: str
     """What the launcher itself printed, without the ranks' output."""
+    hang: Hang | None = None
+    """Why it was ended."""
+    killed_for_memory: int = 0
+    """Processes that the kernel has killed on this host meanwhile because memory ran out."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Outcome:
     """The host on which it failed, as the host list has it, if that is known."""
     final: bool = False
     """Whether another launch would end in the same way."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """More for the event that tells of it."""
 
 
 def judge(ended: Ended, spec: LaunchSpec, directory: RunDirectory) -> Outcome:
@@ -46,6 +53,8 @@ def judge(ended: Ended, spec: LaunchSpec, directory: RunDirectory) -> Outcome:
     words = min(_last_words(directory), key=lambda note: note["rank"], default=None)
     if words is not None:
         return _by_its_words(words, spec, directory)
+    if ended.hang is not None:
+        return _by_hang(ended.hang, spec)
     # Ranks of an elastic world may have survived the first death.
     survived = elastic.last_death(ended.own_words)
     death = survived or first_death(ended.own_words)
@@ -66,7 +75,8 @@ def judge(ended: Ended, spec: LaunchSpec, directory: RunDirectory) -> Outcome:
         early = " before the run's end" if ended.exit_code == 0 else ""
         message = f"{gone}the launcher ended with exit code {ended.exit_code}{early}\n{said}"
         return Outcome("failed", message.rstrip(), host=host, final=not directory.config.exists())
-    return Outcome("failed", f"{_cause(death, host)}, and the job was ended", death.rank, host)
+    cause = _cause(death, host, ended.killed_for_memory)
+    return Outcome("failed", f"{cause}, and the job was ended", death.rank, host)
 
 
 def _last_words(directory: RunDirectory) -> Iterator[dict[str, Any]]:
@@ -98,6 +108,14 @@ def _by_its_words(note: dict[str, Any], spec: LaunchSpec, directory: RunDirector
     return Outcome("failed", message, note["rank"], host, final)
 
 
+def _by_hang(hang: Hang, spec: LaunchSpec) -> Outcome:
+    ranks = [cause.rank for cause in hang.causes]
+    hosts = {spec.host_of(rank) for rank in ranks}
+    rank = ranks[0] if len(ranks) == 1 else None
+    host = hosts.pop() if len(hosts) == 1 else None
+    return Outcome("failed", hang.message, rank, host, facts=hang.facts)
+
+
 def _host_of(death: Death | None, lost: str | None, spec: LaunchSpec) -> str | None:
     names = {host.name for host in spec.hosts}
     for found in (lost, death.host if death else None):
@@ -106,7 +124,7 @@ def _host_of(death: Death | None, lost: str | None, spec: LaunchSpec) -> str | N
     return spec.host_of(death.rank) if death and death.rank is not None else lost
 
 
-def _cause(death: Death, host: str | None) -> str:
+def _cause(death: Death, host: str | None, killed_for_memory: int) -> str:
     where = f" on {death.host or host}" if death.host or host else ""
     rank = "a rank" if death.rank is None else f"rank {death.rank}"
     if death.signal is not None:
@@ -114,7 +132,16 @@ def _cause(death: Death, host: str | None) -> str:
             name = signal.Signals(death.signal).name
         except ValueError:
             name = "unknown"
-        return f"{rank}{where} was killed by signal {death.signal} ({name})"
+        why = _memory(death, killed_for_memory)
+        return f"{rank}{where} was killed by signal {death.signal} ({name}{why})"
     if death.exit_code is None:
         return f"{rank}{where} ended without a word"
     return f"{rank}{where} ended with exit code {death.exit_code}"
+
+
+def _memory(death: Death, killed_for_memory: int) -> str:
+    if death.out_of_memory:
+        return "; Slurm says: out of memory"
+    if death.signal == signal.SIGKILL and killed_for_memory:
+        return "; the kernel has killed a process on this host because memory ran out"
+    return ""

@@ -214,6 +214,7 @@ class Supervisor:
     def _launch(self, spec: LaunchSpec) -> Outcome:
         for old in self._directory.failures.glob("rank-*.json"):
             old.unlink(missing_ok=True)
+        patience = self._job.config.launch.hang_seconds
         stamp = {environment.LAUNCHED_AT: f"{time.time():.3f}"}
         spec, argv = command_line(
             self._job, replace(spec, environment={**spec.environment, **stamp})
@@ -223,7 +224,9 @@ class Supervisor:
             elastic.write_discovery(folder, self._hosts, spec.ranks)
         display = local_display()
         try:
-            ended = execute(argv, spec, self._job.launcher, self._directory, display, self._stopper)
+            ended = execute(
+                argv, spec, self._job.launcher, self._directory, display, self._stopper, patience
+            )
         finally:
             display.close()
         return judge(ended, spec, self._directory)
@@ -242,7 +245,8 @@ class Supervisor:
 
     def _again(self, outcome: Outcome, progressed: bool) -> None:
         """Prepare for another launch, or raise what ended this one."""
-        self._record("fault", outcome.message, rank=outcome.rank, host=outcome.host)
+        told = {"rank": outcome.rank, "host": outcome.host, **outcome.facts}
+        self._record("fault", outcome.message, **told)
         if outcome.final:
             self._raise(outcome)
         verdict = self._restarts.after(outcome.host, progressed, len(self._hosts))
