@@ -225,7 +225,7 @@ class _Watcher:
     def _stack(self) -> int:
         """Something that changes with the main thread's Python stack."""
         frame = sys._current_frames().get(self._main or 0)
-        places = []
+        places: list[tuple[int, int]] = []
         while frame is not None and len(places) < _DEEPEST:
             places.append((id(frame.f_code), frame.f_lasti))
             frame = frame.f_back

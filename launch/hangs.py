@@ -9,6 +9,7 @@ that answer, the ones that are somewhere else than in a collective are what the 
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import socket
 import subprocess
@@ -32,6 +33,7 @@ from launch.spec import LaunchSpec
 
 _START = 120.0  # seconds at least for ranks that do not train yet: programs and data are read
 _NAMED = 8  # ranks that a message names
+_MOST = 10**6  # ranks of a job
 _SSH = 10.0  # seconds for a host to let ssh in, and as many to answer
 _PARALLEL = 32
 _LONGEST_END = 120.0  # seconds to wait for the end of a job that hangs, and for its stacks
@@ -62,12 +64,21 @@ class Told:
         with suppress(ValueError, TypeError, RecursionError):
             fields = json.JSONDecoder().raw_decode(payload)[0]
             told = cls(**fields)
-            numbers = (told.rank, told.size, told.pid, told.begun, told.dump)
-            texts = (told.host, told.place, told.collective, told.step or "")
-            real = isinstance(told.silent, float | int) and isinstance(told.training, bool)
-            if all(isinstance(n, int) for n in numbers) and real:
-                return told if all(isinstance(text, str) for text in texts) else None
+            return told if told._is_sound() else None
         return None
+
+    def _is_sound(self) -> bool:
+        """A model of the user's may print what merely begins like a sign of life."""
+        numbers = (self.rank, self.size, self.pid, self.begun, self.dump)
+        texts = (self.host, self.place, self.collective, self.step or "")
+        return (
+            all(isinstance(number, int) for number in numbers)
+            and all(isinstance(text, str) for text in texts)
+            and isinstance(self.training, bool)
+            and 0 <= self.rank < self.size <= _MOST
+            and self.pid > 0
+            and 0 <= self.silent < math.inf
+        )
 
     @property
     def process(self) -> Process:
@@ -320,19 +331,24 @@ class HangWatch:
     ) -> None:
         """Look at what does not answer, end the job, and write down what was found. In this order:
         the file system may be what hangs."""
-        found = self._looked_at(stuck)
         told = list(self._vigil.told.values())
-        stopped = _stopped(process.pid, {one.pid for one in told})
-        self.hang = Hang(limit, tuple(found), stopped)
+        self.hang = Hang(limit, tuple(stuck))
+        try:
+            stopped = _stopped(process.pid, {one.pid for one in told})
+            self.hang = Hang(limit, tuple(self._looked_at(stuck)), stopped)
+        finally:
+            self._end(told, end)
+        folder = self._keep(self.hang.ranks)
+        if folder is not None:
+            self.hang = replace(self.hang, stacks=folder)
+
+    def _end(self, told: Sequence[Told], end: Callable[[], None]) -> None:
         for one in told:
             if one.host == socket.gethostname():
                 one.process.kill()
         self._cancel(told)
         end()
         self._elsewhere("kill", [one for one in told if one.host != socket.gethostname()])
-        folder = self._keep(found)
-        if folder is not None:
-            self.hang = replace(self.hang, stacks=folder)
 
     def _looked_at(self, stuck: Sequence[Stuck]) -> list[Stuck]:
         """With what can be seen from outside of those that the others wait for."""

@@ -239,6 +239,27 @@ def test_broken_signs_of_life_are_none(payload: str) -> None:
     assert Told.parse(f"{MARK}{json.dumps(told_wrong)}") is None
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"size": 10**12},
+        {"rank": 3},
+        {"rank": -1},
+        {"pid": 0},
+        {"silent": float("nan")},
+        {"silent": float("inf")},
+        {"silent": -1.0},
+        {"silent": None},
+        {"training": 1},
+        {"place": None},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_signs_of_life_that_cannot_be_are_none(wrong: dict[str, object]) -> None:
+    assert Told.parse(f"{MARK}{json.dumps({**asdict(told(0)), **wrong})}") is None
+
+
 def test_a_sign_of_life_is_not_shown(tmp_path: Path) -> None:
     watch = HangWatch(40.0, SPEC, "mpirun", RunDirectory(tmp_path))
     assert watch.takes(line(told(0)))

@@ -26,10 +26,11 @@ from testbed import Testbed, missing_for_testbed
 
 pytestmark = [pytest.mark.slow, pytest.mark.parallel(2)]
 
+HANG = 5
 SETTINGS = (
     "batch={initial: 32, max: 128, micro: 16, growth: {policy: geometric, every: 2ep}}",
     "train={duration: 4ep, checkpoint_every: 7up, log_every: 1}",
-    "launch={restart_pause: 0, hang_seconds: 5}",
+    f"launch={{restart_pause: 0, hang_seconds: {HANG}}}",
 )
 
 
@@ -79,7 +80,7 @@ def split(words: tuple[str, ...]) -> tuple[list[str], str]:
     "victim", [1, pytest.param(0, marks=pytest.mark.long)], ids=["other", "rank0"]
 )
 def test_a_stopped_rank_is_found_and_made_up_for(
-    start: str, victim: int, undisturbed: Path, tmp_path: Path
+    start: str, victim: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     directory = tmp_path / "run"
     settings, launcher = split({**STARTS, **MORE_STARTS}[start])
@@ -91,7 +92,7 @@ def test_a_stopped_rank_is_found_and_made_up_for(
             assert job.process.poll() is None
             time.sleep(0.02)
         took = time.monotonic() - began
-        assert took >= 4  # not before its time
+        assert took >= HANG - 1  # not before its time
         _, alive = psutil.wait_procs(ranks.values(), timeout=60)
         assert alive == []
         code, output = job.finish()
@@ -99,15 +100,15 @@ def test_a_stopped_rank_is_found_and_made_up_for(
     assert f"rank {victim} on" in output
     assert f"does not answer (pid {ranks[victim].pid} is stopped, as by SIGSTOP)" in output
     (fault,) = events(directory, "fault")
-    assert (fault["rank"], fault["hang_seconds"]) == (victim, 5)
+    assert (fault["rank"], fault["hang_seconds"]) == (victim, HANG)
     assert [rank["state"] for rank in fault["stuck"]] == ["T"]
     assert len(events(directory, "restart")) == 1
     told = stacks(directory)
     assert "is stopped" in told[victim]
     assert "waiting for the other ranks for" in told[1 - victim]
     assert "most recent call first" in told[1 - victim]
-    if start in ("horovod", "mpirun"):
-        assert_same_run(directory, undisturbed)
+    if start == "mpirun":  # as many others do; the reference takes its time
+        assert_same_run(directory, request.getfixturevalue("undisturbed"))
 
 
 def started(job: Job, directory: Path, update: int) -> dict[int, psutil.Process]:
@@ -180,7 +181,7 @@ def with_model(folder: Path, step: str = "pass", start: str = "pass") -> None:
         (
             "if self.calls == 9: a_file_that_does_not_come()",
             "pass",
-            "has been computing for 5 s",
+            "has been computing for",
             "a_file_that_does_not_come",
         ),
         ("if self.calls == 9: held_up()", "pass", "does not answer (pid", "held_up"),
@@ -209,7 +210,7 @@ def test_what_a_rank_is_stuck_in_is_told(
 @pytest.mark.long
 def test_a_rank_that_is_only_slow_is_waited_for(tmp_path: Path) -> None:
     """Each of its micro-batches is a sign of life, though all others wait for longer."""
-    with_model(tmp_path, "time.sleep(1)")
+    with_model(tmp_path, f"time.sleep({HANG / 4})")
     directory = tmp_path / "run"
     settings = ("batch={initial: 128, micro: 8}", "batch.growth.policy=fixed", "lr.on_growth=1")
     more = ("model.name=stuck:net", "train={duration: 2up, log_every: 1}", "lr.warmup=null")
@@ -229,7 +230,7 @@ def test_a_job_that_is_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:
         family = [whole, *whole.children(recursive=True)]
         for process in family:
             process.suspend()
-        time.sleep(12)
+        time.sleep(2 * HANG)
         for process in reversed(family):
             process.resume()
         code, output = job.finish()
@@ -245,7 +246,7 @@ def test_a_run_without_an_end_of_patience_waits(tmp_path: Path) -> None:
         ranks = started(job, directory, update=20)
         ranks[1].suspend()
         with pytest.raises(psutil.TimeoutExpired):
-            psutil.Process(job.process.pid).wait(timeout=15)
+            psutil.Process(job.process.pid).wait(timeout=3 * HANG)
         ranks[1].resume()
         code, output = job.finish()
     assert code == 0, output
