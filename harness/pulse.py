@@ -56,8 +56,8 @@ class _Signs:
     until: float = 0.0
     """Before this moment of the monotonic clock a silence means nothing."""
     training: bool = False
-    news: bool = False
-    """What is told of this rank has changed."""
+    watcher: _Watcher | None = None
+    """What looks at them."""
 
 
 _signs = _Signs()
@@ -110,8 +110,7 @@ def patient(seconds: float) -> Iterator[None]:
 def trains(training: bool) -> None:
     """Whether the main thread is where each step leaves a sign."""
     _signs.training = training
-    _signs.news = True
-    beat()
+    tell_again()
 
 
 def start(folder: Path) -> None:
@@ -121,9 +120,10 @@ def start(folder: Path) -> None:
     """
     seconds = environment.hang_seconds()
     if seconds is not None:
-        watcher = _Watcher(seconds, folder)
-        watcher.tell(0.0)
-        threading.Thread(target=watcher.run, name="harness-pulse", daemon=True).start()
+        _signs.watcher = _Watcher(seconds, folder)
+        tell_again()
+        run = _signs.watcher.run
+        threading.Thread(target=run, name="harness-pulse", daemon=True).start()
 
 
 def tick_of(seconds: float) -> float:
@@ -132,8 +132,11 @@ def tick_of(seconds: float) -> float:
 
 
 def tell_again() -> None:
-    """Have the launching process told anew who this is, as it has another rank now."""
-    _signs.news = True
+    """Tell the launching process anew who this is, as what it was told holds no longer. At once: a
+    process that comes to its end stops its threads first."""
+    beat()
+    if _signs.watcher is not None:
+        _signs.watcher.tell(0.0)
 
 
 class Silence:
@@ -193,13 +196,12 @@ class _Watcher:
                 if quarters >= 3 and self._written is None:
                     self._write(silent)
                 continue
-            due = told_quarters > 0 or _signs.news
+            due = told_quarters > 0
             if now - checked >= self._seconds / 4:
                 # Where all ranks meet, rank 0 speaks for all.
                 due = due or _signs.met == met_then or environment.launched_rank() == 0
                 checked, met_then = now, _signs.met
             if due:
-                _signs.news = False
                 self.tell(silent)
                 told_quarters = 0
                 self._take_back()

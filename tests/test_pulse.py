@@ -363,6 +363,17 @@ def test_a_rank_that_goes_on_takes_its_stacks_back(
     wait_for(lambda: not list((tmp_path / "stacks").iterdir()))
 
 
+def test_a_rank_says_at_once_that_it_trains_no_more(
+    rank: Callable[[str], subprocess.Popen[str]],
+) -> None:
+    """Its thread may not look again: an interpreter that ends does not let it."""
+    process = rank("pulse.trains(False) or os.abort")
+    lines, _ = process.communicate(timeout=60)
+    signs = [one for text in lines.splitlines() if (one := Told.parse(text))]
+    assert signs[1].training
+    assert not signs[-1].training
+
+
 def test_the_stack_of_a_held_up_interpreter_can_be_had_from_outside(
     rank: Callable[[str], subprocess.Popen[str]],
 ) -> None:
