@@ -18,6 +18,7 @@ from typing import IO, Any, cast
 
 import torch
 
+from harness import pulse
 from harness.errors import CheckpointError
 from harness.records import sync_directory, write_atomic
 
@@ -51,6 +52,7 @@ class _Hashing(io.RawIOBase):
         return True
 
     def write(self, content: Any) -> int:
+        pulse.beat()
         self.digest.update(content)
         try:
             return self._target.write(content)
@@ -71,6 +73,7 @@ def save_checkpoint(
     ``announce`` is called when everything is on the disk and before the checkpoint gets its name:
     a record written there is never missing from a run that resumes from this checkpoint.
     """
+    pulse.at("writing a checkpoint")
     directory.mkdir(exist_ok=True)
     path = directory / checkpoint_name(update)
     partial = directory / f".{path.name}.{os.getpid()}.tmp"
@@ -95,6 +98,7 @@ def save_checkpoint(
     for _, old in _named(directory)[keep:]:
         old.unlink(missing_ok=True)
         _digest_path(old).unlink(missing_ok=True)
+    pulse.at("computing")
     return path
 
 

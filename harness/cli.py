@@ -380,9 +380,17 @@ def _watch(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from harness.stop import StopRequest
+
+    stop = StopRequest()
+    stop.listen()  # before the imports, which take seconds
+    from harness import pulse
+    from harness.records import RunDirectory
+
+    pulse.start(RunDirectory(options.run_dir).stacks)
     from harness.worker import train
 
-    return train(options.config_path, options.overrides, options.run_dir, options.resume)
+    return train(options.config_path, options.overrides, options.run_dir, options.resume, stop)
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -32,6 +32,8 @@ MPS = "HARNESS_MPS"
 """``1``: start CUDA's MPS on each host."""
 MEASURE = "HARNESS_MEASURE"
 """Seconds of steady updates after which a run stops by itself, for `harness bench`."""
+HANG = "HARNESS_HANG_SECONDS"
+"""Seconds without a sign of any rank after which the launching process ends the job."""
 LAUNCHER = "HARNESS_LAUNCHER"
 """What started them, for the provenance."""
 ELASTIC = "HARNESS_ELASTIC"
@@ -256,6 +258,20 @@ def seconds_to_measure() -> float | None:
     """After how many seconds of steady updates this run is to stop; None: it goes on to its end."""
     value = os.environ.get(MEASURE)
     return float(value) if value else None
+
+
+def hang_seconds() -> float | None:
+    """After how long a silence of all ranks the launching process ends the job; None: never."""
+    value = os.environ.get(HANG)
+    return float(value) if value else None
+
+
+def slurm_step() -> str | None:
+    """The job step that this rank belongs to, as scancel takes it; None if srun has not started
+    it."""
+    job, step = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_STEP_ID", "")
+    started = launcher() == "srun" and job.isdigit() and step.isdigit()
+    return f"{job}.{step}" if started else None
 
 
 def wants_mps() -> bool:

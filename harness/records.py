@@ -8,6 +8,7 @@
     tensorboard/    a copy of metrics and evaluations as TensorBoard's event files
     traces/         of chosen updates, where profile.trace asks for it; Horovod's timeline
     failures/       the last words of ranks that failed
+    stacks/         where the ranks were when the job hung
     report/         index.html, summary.json, *.csv, *.svg
     attempts/       what the first six lines' names lead to: a folder of the newest attempt's own
     launches/       the same for what a launching process and its ranks tell each other
@@ -142,6 +143,10 @@ class RunDirectory:
     def elastic(self) -> Path:
         """What tells Horovod Elastic which hosts there are."""
         return (self.launch or self.path) / "elastic"
+
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
 
     @property
     def report(self) -> Path:

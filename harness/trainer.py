@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from harness import pulse
 from harness.autotune import Tuned
 from harness.buffers import (
     averaged_buffers,
@@ -20,7 +21,7 @@ from harness.buffers import (
     restore_residuals,
 )
 from harness.comm.base import Communicator
-from harness.consistency import check_equal
+from harness.consistency import check_equal, check_finite
 from harness.data.datasets import ImageData, Split
 from harness.data.sampler import permute
 from harness.elastic import Membership, Regroup
@@ -108,6 +109,8 @@ class Trainer:
         """
         self._model.train()
         self._profiler.clock.restart()
+        pulse.at("computing")
+        pulse.trains(True)
         try:
             while not self._end.reached(self.clock):
                 decision = self._decide()
@@ -117,6 +120,7 @@ class Trainer:
                 self._update(decision, pieces)
             return self._finish()
         finally:
+            pulse.trains(False)
             self._profiler.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -410,6 +414,7 @@ class Trainer:
             averaged_buffers(self._model, gather_buffers(self._model, self._comm)),
         ):
             self._evaluation = self._measure(self._data.test)
+        pulse.at("computing")
         self._evaluated_at = self.clock.updates
         self._journal.event(
             "evaluation",
@@ -433,6 +438,7 @@ class Trainer:
 
     def _write_checkpoint(self) -> None:
         check_equal(self._model, self._step.optimizer, self._comm, self.clock.updates)
+        check_finite(self._model, self._step.optimizer, self.clock.updates)
         table = gather_buffers(self._model, self._comm)
         residuals = gather_residuals(self._step.reducer.residuals, self._comm)
         with averaged_buffers(self._model, table):

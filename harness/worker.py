@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from harness import checkpoint, environment
+from harness import checkpoint, environment, pulse
 from harness.attempts import Attempt, Draft, check_format
 from harness.autotune import Tuned, slower_than_none, tune
 from harness.benchstats import Enough
@@ -73,8 +73,17 @@ class _Resumed:
         return Position(**self.state["records"]) if self.state else Position()
 
 
-def train(config_path: Path, overrides: Sequence[str], run_dir: Path, resume: bool) -> int:
-    """Train as one rank of a run; returns the exit code. Errors end as one message."""
+def train(
+    config_path: Path,
+    overrides: Sequence[str],
+    run_dir: Path,
+    resume: bool,
+    stop: StopRequest | None = None,
+) -> int:
+    """Train as one rank of a run; returns the exit code. Errors end as one message.
+
+    ``stop``: one that has listened to signals since this process began.
+    """
     comm: Communicator | None = None
     try:
         config = load_config(config_path, overrides)
@@ -83,7 +92,8 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: Path, resume: bo
         run = RunDirectory(run_dir, launch=None if words is None else words.parent)
         seconds = environment.seconds_to_measure()
         enough = None if seconds is None else Enough(seconds)
-        stop = StopRequest(run.stop_request, run.stop_relay, enough=enough)
+        stop = stop or StopRequest()
+        stop.look_at(run.stop_request, run.stop_relay, enough=enough)
         membership = Membership.of_this_process()
         finished = False
         while not finished:  # once, unless ranks come and go while the processes live
@@ -119,7 +129,8 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: Path, resume: bo
         code = leave_last_words(error, _rank(comm))
     else:
         if comm is not None:
-            comm.close()
+            with pulse.meeting():
+                comm.close()
         return 0
     if comm is not None and comm.size > 1:
         leave_at_once(code)
@@ -134,7 +145,7 @@ def _run(
     stop: StopRequest,
     membership: Membership | None,
 ) -> Evaluation:
-    stop.listen()
+    stop.listen()  # again: what was loaded since may have handlers of its own
     if membership is not None:
         resume = membership.settle(comm, run, resume)
     lock = RunLock(run)
@@ -142,15 +153,18 @@ def _run(
         held.callback(lock.release)
         together(comm, lambda: _take(config, run, lock, resume) if comm.rank == 0 else None)
         try:
+            pulse.at("loading the data")
             data = load_shared(config.data, comm)
             held.callback(data.train.close)
             held.callback(data.test.close)
             keep_freed_memory()  # only now: what loading has used for a moment goes back
+            pulse.at("building the model")
             model = together(comm, lambda: _model(config, data, comm))
         except AllLeave:
             if comm.rank == 0 and not resume:
                 lock.discard()  # no run has begun
             raise
+        pulse.at("reading what the run goes on from")
         resumed = _resume(config, run, comm, held) if resume else _Resumed()
         attempt = together(
             comm, lambda: _begin(config, run, resumed, resume, held) if comm.rank == 0 else None
@@ -169,6 +183,7 @@ def _run(
         held.callback(display.close)
         if config.profile.timeline:
             _start_timeline(run, comm, display)
+        pulse.at("preparing the training")
         tuned = together(comm, lambda: _tune(config, model, data, comm, resumed))
         trainer = Trainer(
             config,

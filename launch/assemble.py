@@ -181,10 +181,16 @@ def _variables(job: Job, hosts: tuple[Host, ...], ranks: int) -> dict[str, str]:
         environment.GROW: str(job.grow),
         environment.LAUNCHER: job.launcher,
         environment.LAUNCHED_AT: "",  # known when they are
+        **hang_variable(None if job.words else config.launch.hang_seconds),
         environment.RANKS_PER_GPU: str(config.launch.ranks_per_gpu),
         environment.MPS: str(int(config.launch.mps)),
     }
     return settings
+
+
+def hang_variable(seconds: float | None) -> dict[str, str]:
+    """What makes ranks give signs of life; nothing where nobody looks for them."""
+    return {} if seconds is None else {environment.HANG: f"{seconds:g}"}
 
 
 def inherited(hosts: tuple[Host, ...], threads: int | None) -> dict[str, str]:

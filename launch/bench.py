@@ -467,11 +467,14 @@ class Runner:
             words=words,
         )
         spec, argv = command_line(job, build_spec(job, task.hosts, shape.ranks, resume=False))
+        patience = None if words else task.configs[shape].launch.hang_seconds
         self._current = directory
         if self.stopper.asked:  # between the last look and now
             self.stop()
         try:
-            ended = execute(argv, spec, task.launcher, directory, self._display, self.stopper)
+            ended = execute(
+                argv, spec, task.launcher, directory, self._display, self.stopper, patience
+            )
         finally:
             self._current = None
             self._display.clear()

@@ -11,15 +11,17 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Self
 
 from harness.errors import LaunchError
+from harness.processes import descendants, killed_for_memory
 from harness.progress import Display, parse_relayed
 from harness.records import RunDirectory
 from launch.deaths import rank_tag
+from launch.hangs import HangWatch
 from launch.outcome import Ended
 from launch.spec import LaunchSpec
 
@@ -43,20 +45,28 @@ def execute(
     directory: RunDirectory,
     display: Display,
     stopper: Stopper,
+    hang_seconds: float | None = None,
 ) -> Ended:
     """Run a launcher to its end, showing what the ranks print.
 
-    The command, and all that it prints, is added to the directory's launch.log. Raises LaunchError
-    if the launcher is not there.
+    The command, and all that it prints, is added to the directory's launch.log. ``hang_seconds``:
+    after so long without a sign of any rank it is ended; the ranks must have been asked to give
+    signs (`launch.assemble.hang_variable`). Raises LaunchError if the launcher is not there.
     """
+    watch = None if hang_seconds is None else HangWatch(hang_seconds, spec, launcher, directory)
+    killed_before = killed_for_memory()
     with _Log(directory.launch_log) as log:
         log.write(f"$ {spec.as_shell_command(argv)}\n")
         process = _start(argv, spec)
-        with stopper.watching(process, display):
-            own_words = _pump(process, display, log, rank_tag(launcher, spec.mpi))
+        beside: AbstractContextManager[None] = nullcontext()
+        if watch is not None:
+            beside = watch.beside(process, lambda: kill_group(process))
+        with stopper.watching(process, display), beside:
+            own_words = _pump(process, display, log, rank_tag(launcher, spec.mpi), watch)
             code = process.wait()
             kill_group(process)  # ranks that outlived their launcher
-    return Ended(code, own_words)
+    killed = killed_for_memory() - killed_before
+    return Ended(code, own_words, watch.hang if watch else None, killed)
 
 
 def _start(argv: Sequence[str], spec: LaunchSpec) -> subprocess.Popen[str]:
@@ -101,25 +111,46 @@ class _Log:
 
 
 def _pump(
-    process: subprocess.Popen[str], display: Display, log: _Log, tag: re.Pattern[str] | None
+    process: subprocess.Popen[str],
+    display: Display,
+    log: _Log,
+    tag: re.Pattern[str] | None,
+    watch: HangWatch | None,
 ) -> str:
     own_words: deque[str] = deque(maxlen=_LAST_LINES)
     assert process.stdout is not None  # noqa: S101 - it is a pipe, for the type checker
     for line in process.stdout:
-        log.write(line)
-        status = parse_relayed(line)
-        if status is not None:
-            display.show(status)
-            continue
-        tags = tag.findall(line) if tag else []
-        if not tags:
-            own_words.append(line)
-        if tags or not tag:
-            text = tag.sub("", line).rstrip() if tag else line.rstrip()
-            if text:
-                first = not tags or tags[0] == "0"
-                display.say(text if first else f"[rank {tags[0]}] {text}")
+        if watch is None:
+            _handle(line, display, log, tag, own_words)
+        elif not watch.takes(line):
+            with watch.handling():
+                if _handle(line, display, log, tag, own_words):
+                    watch.progress()
     return "".join(own_words)
+
+
+def _handle(
+    line: str,
+    display: Display,
+    log: _Log,
+    tag: re.Pattern[str] | None,
+    own_words: deque[str],
+) -> bool:
+    """Log and show a line of output; whether it told of progress."""
+    log.write(line)
+    status = parse_relayed(line)
+    if status is not None:
+        display.show(status)
+        return True
+    tags = tag.findall(line) if tag else []
+    if not tags:
+        own_words.append(line)
+    if tags or not tag:
+        text = tag.sub("", line).rstrip() if tag else line.rstrip()
+        if text:
+            first = not tags or tags[0] == "0"
+            display.say(text if first else f"[rank {tags[0]}] {text}")
+    return False
 
 
 class Stopper:
@@ -181,7 +212,15 @@ class Stopper:
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
-    """End a launcher's whole process group, first gently."""
+    """End a launcher's whole process group, first gently, and then all that it has started here:
+    some ranks have groups of their own, and one that is stopped heeds no request."""
+    below = descendants(process.pid) if process.poll() is None else []
+    _end_group(process)
+    for left in below:
+        left.kill()
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
     for number, patience in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, 0.0)):
         try:
             os.killpg(process.pid, number)

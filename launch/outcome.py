@@ -6,7 +6,7 @@ import json
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from harness.errors import HarnessError, StoppedEarly, StorageError, Superseded, UsageError
@@ -14,6 +14,7 @@ from harness.records import RunDirectory
 from harness.resume import has_finished, ranks_wanted
 from launch import elastic
 from launch.deaths import Death, first_death, lost_host
+from launch.hangs import Hang
 from launch.spec import LaunchSpec
 
 
@@ -24,6 +25,10 @@ class Ended:
     exit_code: int
     own_words: str
     """What the launcher itself printed, without the ranks' output."""
+    hang: Hang | None = None
+    """Why it was ended."""
+    killed_for_memory: int = 0
+    """Processes that the kernel has killed on this host meanwhile because memory ran out."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Outcome:
     """Whether another launch would end in the same way."""
     exit_code: int = 1
     """Of a failure: as of the error that a rank has ended with, where it is one of its own."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """More for the event that tells of it."""
 
 
 # Of ranks whose last words could not be written either; they are in the output above.
@@ -56,6 +63,8 @@ def judge(ended: Ended, spec: LaunchSpec, directory: RunDirectory) -> Outcome:
     words = min(_last_words(directory), key=lambda note: note["rank"], default=None)
     if words is not None:
         return _by_its_words(words, spec, directory)
+    if ended.hang is not None:
+        return _by_hang(ended.hang, spec)
     # Ranks of an elastic world may have survived the first death.
     survived = elastic.last_death(ended.own_words)
     death = survived or first_death(ended.own_words)
@@ -81,7 +90,8 @@ def judge(ended: Ended, spec: LaunchSpec, directory: RunDirectory) -> Outcome:
         return Outcome(
             "failed", message.rstrip(), host=host, final=not directory.newest().config.exists()
         )
-    return Outcome("failed", f"{_cause(death, host)}, and the job was ended", death.rank, host)
+    cause = _cause(death, host, ended.killed_for_memory)
+    return Outcome("failed", f"{cause}, and the job was ended", death.rank, host)
 
 
 def _last_words(directory: RunDirectory) -> Iterator[dict[str, Any]]:
@@ -116,6 +126,14 @@ def _by_its_words(note: dict[str, Any], spec: LaunchSpec, directory: RunDirector
     return Outcome("failed", message, note["rank"], host, final, code)
 
 
+def _by_hang(hang: Hang, spec: LaunchSpec) -> Outcome:
+    ranks = [cause.rank for cause in hang.causes]
+    hosts = {spec.host_of(rank) for rank in ranks}
+    rank = ranks[0] if len(ranks) == 1 else None
+    host = hosts.pop() if len(hosts) == 1 else None
+    return Outcome("failed", hang.message, rank, host, facts=hang.facts)
+
+
 def _host_of(death: Death | None, lost: str | None, spec: LaunchSpec) -> str | None:
     names = {host.name for host in spec.hosts}
     for found in (lost, death.host if death else None):
@@ -124,7 +142,7 @@ def _host_of(death: Death | None, lost: str | None, spec: LaunchSpec) -> str | N
     return spec.host_of(death.rank) if death and death.rank is not None else lost
 
 
-def _cause(death: Death, host: str | None) -> str:
+def _cause(death: Death, host: str | None, killed_for_memory: int) -> str:
     where = f" on {death.host or host}" if death.host or host else ""
     rank = "a rank" if death.rank is None else f"rank {death.rank}"
     if death.signal is not None:
@@ -132,7 +150,16 @@ def _cause(death: Death, host: str | None) -> str:
             name = signal.Signals(death.signal).name
         except ValueError:
             name = "unknown"
-        return f"{rank}{where} was killed by signal {death.signal} ({name})"
+        why = _memory(death, killed_for_memory)
+        return f"{rank}{where} was killed by signal {death.signal} ({name}{why})"
     if death.exit_code is None:
         return f"{rank}{where} ended without a word"
     return f"{rank}{where} ended with exit code {death.exit_code}"
+
+
+def _memory(death: Death, killed_for_memory: int) -> str:
+    if death.out_of_memory:
+        return "; Slurm says: out of memory"
+    if death.signal == signal.SIGKILL and killed_for_memory:
+        return "; the kernel has killed a process on this host because memory ran out"
+    return ""

@@ -259,6 +259,7 @@ class Supervisor:
     def _launch(self, spec: LaunchSpec) -> Outcome:
         for old in self._directory.failures.glob("rank-*.json"):
             old.unlink(missing_ok=True)
+        patience = self._job.config.launch.hang_seconds
         told = {
             environment.LAUNCHED_AT: environment.moment(),
             environment.ATTEMPTS_BEFORE: str(self._before),
@@ -272,7 +273,9 @@ class Supervisor:
             show_launch(self._directory, self._directory.elastic)
         display = local_display()
         try:
-            ended = execute(argv, spec, self._job.launcher, self._directory, display, self._stopper)
+            ended = execute(
+                argv, spec, self._job.launcher, self._directory, display, self._stopper, patience
+            )
         finally:
             display.close()
         if self._own() is not None or not newest_number(self._directory.attempts):
@@ -307,7 +310,8 @@ class Supervisor:
 
     def _again(self, outcome: Outcome, progressed: bool) -> None:
         """Prepare for another launch, or raise what ended this one."""
-        self._note("fault", outcome.message, rank=outcome.rank, host=outcome.host)
+        told = {"rank": outcome.rank, "host": outcome.host, **outcome.facts}
+        self._note("fault", outcome.message, **told)
         if outcome.final:
             self._raise(outcome)
         verdict = self._restarts.after(outcome.host, progressed, len(self._hosts))

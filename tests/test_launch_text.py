@@ -533,6 +533,7 @@ def test_what_nobody_has_set_is_left_to_each_rank(
         *mpirun.DEFAULTS,
         "HARNESS_FAILURE_DIR",
         "HARNESS_GROW",
+        "HARNESS_HANG_SECONDS",
         "HARNESS_LAUNCHED_AT",
         "HARNESS_LAUNCHER",
         "HARNESS_MPS",

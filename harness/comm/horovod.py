@@ -12,7 +12,7 @@ import torch
 from horovod.common.elastic import notification_manager
 from horovod.common.exceptions import HorovodInternalError
 
-from harness import environment
+from harness import environment, pulse
 from harness.comm.base import Handle, device_of_rank
 from harness.comm.topology import gather_topology
 from harness.errors import HarnessError, PeerLost
@@ -65,15 +65,17 @@ class HorovodCommunicator:
         return int(hvd.local_size())
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Handle:
+        pulse.begins(name)
         with _naming_the_cause():
             return hvd.allreduce_async_(tensor, name=name, op=hvd.Sum)
 
     def wait(self, handle: Handle) -> None:
-        with _naming_the_cause():
+        with pulse.meeting(), _naming_the_cause():
             hvd.synchronize(handle)
 
     def broadcast(self, tensor: torch.Tensor, name: str) -> None:
-        with _naming_the_cause():
+        pulse.begins(name)
+        with pulse.meeting(), _naming_the_cause():
             hvd.broadcast_(tensor, root_rank=0, name=name)
 
     def close(self) -> None:
