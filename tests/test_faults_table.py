@@ -92,9 +92,9 @@ def looks(growth_per_hour: float, seed: int, processes: int = 12) -> list[Look]:
         for second in range(0, 80, 2):
             now = 80.0 * number + second
             value = level + growth_per_hour * second / 3600 + noise.gauss(0, 0.05)
-            found.append(Look(now, "rank", number, second + 1.0, value, value, 20, 8))
+            found.append(Look(now, "rank", number, second > 19, value, value, 20, 8))
             whole = 50 + growth_per_hour * now / 3600 + noise.gauss(0, 0.05)
-            found.append(Look(now, "launcher", -1, now + 30.0, whole, whole, 9, 2))
+            found.append(Look(now, "launcher", -1, True, whole, whole, 9, 2))
     return found
 
 

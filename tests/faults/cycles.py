@@ -26,7 +26,14 @@ import psutil
 import torch
 from jobs import Job, attempts, identical, run_arguments, weights
 
-from faults.scene import prepare, record_problems, undisturbed, write_plan
+from faults.scene import (
+    is_mpirun,
+    is_rank,
+    prepare,
+    record_problems,
+    undisturbed,
+    write_plan,
+)
 from harness.checkpoint import checkpoint_name, newest_valid
 from harness.errors import CheckpointError
 from harness.records import RunDirectory, parse_line
@@ -203,7 +210,7 @@ def _kill_some_time(job: Job, victim: str, random: Random) -> bool:
         "all ranks": ranks,
         "rank 0": ranks[:1],
         "rank 1": ranks[1:2],
-        "its mpirun": [one for one in below if _is_mpirun(one)],
+        "its mpirun": [one for one in below if is_mpirun(one)],
     }[victim]
     for process in chosen:
         with suppress(psutil.NoSuchProcess):
@@ -217,22 +224,6 @@ def _wait(job: Job, seconds: float) -> None:
     """That long, or until the job has ended."""
     with suppress(subprocess.TimeoutExpired):
         job.process.wait(seconds)
-
-
-def is_rank(process: psutil.Process) -> bool:
-    """Whether it is a rank of a run on this host."""
-    try:
-        words = process.cmdline()
-    except psutil.Error:
-        return False
-    return words[1:4] == ["-m", "harness", "train"] and "python" in words[0]
-
-
-def _is_mpirun(process: psutil.Process) -> bool:
-    try:
-        return bool(process.name() == "mpirun")
-    except psutil.Error:
-        return False
 
 
 def _last_record(path: Path) -> dict[str, Any] | None:

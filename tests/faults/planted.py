@@ -62,7 +62,7 @@ class Plan:
 
     def _first(self) -> bool:
         try:
-            struck = os.open(self._folder / "struck", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            struck = os.open(self._folder / "struck", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
         os.write(struck, repr(time.time()).encode())

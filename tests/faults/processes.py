@@ -11,7 +11,7 @@ import psutil
 from jobs import rank_processes
 
 from faults.row import Row
-from faults.scene import EVERY, PATIENCE, Scene, Unexpected
+from faults.scene import EVERY, PATIENCE, Scene, Unexpected, is_mpirun
 from harness.launch_schema import Launch
 
 GROUP = "Processes"
@@ -104,7 +104,7 @@ def kill_mpirun(scene: Scene) -> None:
     with scene.start() as job:
         scene.held(job)
         below = psutil.Process(job.process.pid).children(recursive=True)
-        victims = [one for one in below if "mpirun" in one.name()]
+        victims = [one for one in below if is_mpirun(one)]
         if not victims:
             raise Unexpected(f"no mpirun among {[one.name() for one in below]}")
         scene.strike(lambda: [one.kill() for one in victims])

@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import psutil
 from jobs import (
     CONFIG,
     Job,
@@ -316,6 +317,23 @@ def wait_until(job: Job, happened: Callable[[], object], what: str) -> None:
         if time.monotonic() > deadline:
             raise Unexpected(f"not {what} after {PATIENCE:g} s")
         time.sleep(0.005)
+
+
+def is_rank(process: psutil.Process) -> bool:
+    """Whether it is a rank of a run on this host."""
+    try:
+        words = process.cmdline()
+    except psutil.Error:
+        return False
+    return words[1:4] == ["-m", "harness", "train"] and "python" in words[0]
+
+
+def is_mpirun(process: psutil.Process) -> bool:
+    """Whether it is what starts ranks; wheels of Open MPI give it a name of their own."""
+    try:
+        return bool(process.name().startswith(("mpirun", "orterun", "prterun", "mpiexec")))
+    except psutil.Error:
+        return False
 
 
 def record_problems(run_dir: Path, reference: Path, evaluations: bool = True) -> list[str]:

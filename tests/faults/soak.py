@@ -23,8 +23,7 @@ from typing import Any
 import psutil
 from jobs import Job, attempts, events, identical, last_state, run_arguments, weights
 
-from faults.cycles import is_rank
-from faults.scene import prepare, told, undisturbed, write_plan
+from faults.scene import is_mpirun, is_rank, prepare, told, undisturbed, write_plan
 from harness.records import read_object, write_json
 from harness.student import student_quantile
 
@@ -33,7 +32,7 @@ SAMPLES = "samples.jsonl"
 PAUSE = 0.02
 """Seconds that each training pass takes more, which leaves the machine to others."""
 SETTLING = 20.0
-"""Seconds of a launch in which memory still finds its level: they do not count."""
+"""Seconds of training in which a rank's memory still finds its level: they do not count."""
 _EVERY = 2.0  # seconds between two looks
 _BLOCKS = 20  # into which the launcher's time is cut: neighbouring looks tell the same
 _KINDS = ("rss_mib", "uss_mib", "fds", "threads")
@@ -48,8 +47,8 @@ class Look:
     who: str
     """launcher, or rank."""
     pid: int
-    age: float
-    """Seconds that the process has been there."""
+    settled: bool
+    """Whether it has been at work for a while."""
     rss_mib: float
     uss_mib: float
     """Memory that it shares with nobody."""
@@ -159,7 +158,7 @@ def _disturb(
         below = psutil.Process(job.process.pid).children(recursive=True)
         ranks = [one for one in below if is_rank(one)]
         whom = random.choice(("a rank", "all ranks", "mpirun"))
-        mpiruns = [one for one in below if one.name() == "mpirun"]
+        mpiruns = [one for one in below if is_mpirun(one)]
         chosen = {"a rank": [random.choice(ranks)] if ranks else [], "all ranks": ranks,
                   "mpirun": mpiruns}[whom]  # fmt: skip
         for process in chosen:
@@ -173,8 +172,12 @@ def _look_on(job: Job, path: Path, over: threading.Event) -> None:
     """Write down what the run's processes have, until it is over."""
     begun = time.monotonic()
     launcher = psutil.Process(job.process.pid)
+    launches, since = 0, time.time()
     with path.open("w", encoding="utf-8") as file:
         while not over.wait(_EVERY):
+            begun_now = attempts(job.run_dir)
+            if begun_now != launches:
+                launches, since = begun_now, time.time()
             try:
                 processes = [("launcher", launcher)]
                 below = launcher.children(recursive=True)
@@ -183,21 +186,23 @@ def _look_on(job: Job, path: Path, over: threading.Event) -> None:
                 return
             for who, process in processes:
                 try:
-                    look = _look(time.monotonic() - begun, who, process)
+                    trains = who == "launcher" or process.create_time() < since
+                    settled = launches > 0 and trains and time.time() - since > SETTLING
+                    look = _look(time.monotonic() - begun, who, process, settled)
                 except (psutil.Error, OSError):
                     continue  # it has just gone
                 file.write(json.dumps(asdict(look)) + "\n")
             file.flush()
 
 
-def _look(seconds: float, who: str, process: psutil.Process) -> Look:
+def _look(seconds: float, who: str, process: psutil.Process, settled: bool) -> Look:
     with process.oneshot():
         memory = process.memory_full_info()
         return Look(
             seconds=seconds,
             who=who,
             pid=process.pid,
-            age=time.time() - process.create_time(),
+            settled=settled,
             rss_mib=memory.rss / 2**20,
             uss_mib=memory.uss / 2**20,
             fds=process.num_fds(),
@@ -217,7 +222,7 @@ def slope(looks: Sequence[Look], who: str, kind: str) -> Slope:
     (Liang and Zeger 1986), its interval Student's t with one degree less than processes. The
     launcher is one process: its time is cut into blocks, and theirs are the means that count.
     """
-    chosen = [look for look in looks if look.who == who and look.age > SETTLING]
+    chosen = [look for look in looks if look.who == who and look.settled]
     if who == "launcher":
         return _of_blocks([(look.seconds, float(getattr(look, kind))) for look in chosen])
     sums = []
@@ -268,7 +273,7 @@ def _hourly(found: float, half: float) -> Slope:
 
 def _level(looks: Sequence[Look], who: str, kind: str) -> list[float] | None:
     """Lowest and highest value after the settling."""
-    values = [float(getattr(o, kind)) for o in looks if o.who == who and o.age > SETTLING]
+    values = [float(getattr(o, kind)) for o in looks if o.who == who and o.settled]
     return [min(values), max(values)] if values else None
 
 
