@@ -24,7 +24,7 @@ def publish(out: Path, page: Path = PAGE) -> None:
         found = matrix.summary(findings)
         head = (
             f"{found['date']}, {machine()}: {found['kept']} of {found['tried']} tries in "
-            f"{found['rows']} rows kept all that is promised."
+            f"{found['rows']} of {len(matrix.ROWS)} rows kept all that is promised."
         )
         text = between(text, "matrix", f"{head}\n\n{matrix.table(findings)}")
     done = cycles.load(out / cycles.FILE)

@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -89,7 +90,8 @@ def settings(minutes: float) -> tuple[str, ...]:
 def run(
     out: Path, minutes: float, between: float, seed: int, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Run for so many minutes, with a fault every ``between`` seconds in the mean; the result."""
+    """Run for so many minutes, or until Ctrl-C, with a fault every ``between`` seconds in the mean;
+    the result."""
     shutil.rmtree(out / "soak", ignore_errors=True)
     folder = out / "soak"
     prepare(folder)
@@ -103,7 +105,8 @@ def run(
         looker = threading.Thread(target=_look_on, args=(job, out / SAMPLES, over))
         looker.start()
         try:
-            _disturb(job, begun + 60 * minutes, between, Random(seed), faults, say)
+            with suppress(KeyboardInterrupt):  # it ends early, and is judged all the same
+                _disturb(job, begun + 60 * minutes, between, Random(seed), faults, say)
             job.process.send_signal(signal.SIGTERM)
             code, output = job.finish(600)
         finally:
@@ -146,15 +149,18 @@ def _disturb(
     say: Callable[[str], None],
 ) -> None:
     """Kill ranks, or what started them, until the end; raises RuntimeError if it comes too soon."""
-    after = time.monotonic() + between
+    after, before = time.monotonic() + between, ""
     while (left := end - time.monotonic()) > 0:
         if job.process.poll() is not None:
             raise RuntimeError(f"the run ended by itself: {job.finish()}")
         time.sleep(min(0.2, left))
-        if time.monotonic() < after:
+        # Three launches in a row without a checkpoint of their own would be a crash loop.
+        newest = max(
+            (path.name for path in job.run_dir.glob("checkpoints/update-*.pt")), default=""
+        )
+        if time.monotonic() < after or newest == before:
             continue
-        # Never so soon that three launches in a row could be without a checkpoint of their own.
-        after = time.monotonic() + max(15.0, random.expovariate(1 / between))
+        after, before = time.monotonic() + random.expovariate(1 / between), newest
         below = psutil.Process(job.process.pid).children(recursive=True)
         ranks = [one for one in below if is_rank(one)]
         whom = random.choice(("a rank", "all ranks", "mpirun"))
@@ -162,7 +168,8 @@ def _disturb(
         chosen = {"a rank": [random.choice(ranks)] if ranks else [], "all ranks": ranks,
                   "mpirun": mpiruns}[whom]  # fmt: skip
         for process in chosen:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         if chosen:
             faults.append(f"SIGKILL to {whom}")
             say(f"{(end - time.monotonic()) / 60:.1f} min left: killed {whom}")
