@@ -121,9 +121,9 @@ def kill_launcher(scene: Scene) -> None:
         scene.held(job)
         ranks = list(rank_processes(scene.run_dir).values())
         scene.strike(job.process.kill)
+        scene.release()
         alive = psutil.wait_procs(ranks, timeout=PATIENCE)[1]
         scene.finding.known_after = time.time() - scene.struck_at
-        scene.release()
         scene.end(job)
     if alive:
         scene.finding.broken.append("ranks outlived their launcher")
