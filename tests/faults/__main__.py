@@ -24,6 +24,7 @@ OUT = publish.ROOT / "runs" / "faults"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns 0 if all promises were kept, 1 if not, 2 for bad usage."""
     options = _parser().parse_args(arguments)
+    options.out = options.out.resolve()  # runs are started in folders of their own
     code: int = options.run(options)
     return code
 

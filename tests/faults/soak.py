@@ -36,6 +36,7 @@ SETTLING = 20.0
 """Seconds of training in which a rank's memory still finds its level: they do not count."""
 _EVERY = 2.0  # seconds between two looks
 _BLOCKS = 20  # into which the launcher's time is cut: neighbouring looks tell the same
+_LEAST = 8  # ranks, by whose differences the interval is told
 _KINDS = ("rss_mib", "uss_mib", "fds", "threads")
 
 
@@ -235,10 +236,10 @@ def slope(looks: Sequence[Look], who: str, kind: str) -> Slope:
     sums = []
     for pid in {look.pid for look in chosen}:
         points = [(one.seconds, float(getattr(one, kind))) for one in chosen if one.pid == pid]
-        sums.append(_squares(points))
-    sums = [(sxx, sxy) for sxx, sxy in sums if sxx > 0]
+        if len(points) > 3:
+            sums.append(_squares(points[:-1]))  # the last one may be of a process in its end
     total = math.fsum(sxx for sxx, _ in sums)
-    if len(sums) < 3:
+    if len(sums) < _LEAST:
         return Slope(None, None, None)
     found = math.fsum(sxy for _, sxy in sums) / total
     scatter = math.fsum((sxy - found * sxx) ** 2 for sxx, sxy in sums)
@@ -279,8 +280,13 @@ def _hourly(found: float, half: float) -> Slope:
 
 
 def _level(looks: Sequence[Look], who: str, kind: str) -> list[float] | None:
-    """Lowest and highest value after the settling."""
-    values = [float(getattr(o, kind)) for o in looks if o.who == who and o.settled]
+    """Lowest and highest value, but for the last of each process, which may be in its end."""
+    last = {look.pid: look for look in looks if look.who == who}
+    values = [
+        float(getattr(look, kind))
+        for look in looks
+        if look.who == who and look.settled and look is not last[look.pid]
+    ]
     return [min(values), max(values)] if values else None
 
 
