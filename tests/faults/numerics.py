@@ -11,13 +11,14 @@ from faults.row import Row
 from faults.scene import Scene
 
 GROUP = "Numbers, memory, clock"
+SHOWN = {"nan": "NaN", "inf": "inf"}
 WHAT = {"loss": "logits, and so its loss", "gradients": "gradients", "inputs": "images"}
 
 
 def spoil(what: str, value: str, scene: Scene) -> None:
     """One update of one rank: all ranks leave it out together, and the run goes on."""
     update, rank = scene.update(), scene.random.randrange(2)
-    scene.finding.what = f"{value} among rank {rank}'s {WHAT[what]} in update {update}"
+    scene.finding.what = f"{SHOWN[value]} among rank {rank}'s {WHAT[what]} in update {update}"
     scene.plan(what, rank, update, value=value)
     scene.strike(lambda: None)
     with scene.start() as job:

@@ -52,5 +52,5 @@ def machine() -> str:
     """Where it was measured, in words."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     asked = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=False)
-    mpi = asked.stdout.splitlines()[0].removeprefix("mpirun ") if asked.stdout else "no MPI"
+    mpi = re.sub(r"[()]|mpirun ", "", asked.stdout.splitlines()[0]) if asked.stdout else "no MPI"
     return f"{psutil.cpu_count()} cores shared with other work, Python {version}, {mpi}"

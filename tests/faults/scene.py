@@ -244,7 +244,7 @@ class Scene:
         said += [str(event.get("reason") or "") for event in self.events("skipped_update")]
         said += [line.removeprefix("harness: ") for line in self.output.splitlines()]
         fitting = [line for line in said if re.search(pattern, line)]
-        return min(fitting, key=len, default="")
+        return min(fitting, key=len, default="").replace(str(self.run_dir), "RUN_DIR")
 
     def _when(self, known_by: str) -> None:
         if known_by == "end":
