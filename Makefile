@@ -14,7 +14,7 @@ NONE := $(if $(ARGS),|| [ $$$$? = 5 ])
 SOURCES := harness launch tests benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-fast lint clean
+.PHONY: help setup demo test test-all test-fast faults lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test-all: setup ## the longest too
 
 test-fast: setup ## the tests that take a few seconds at most
 	@OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n $(JOBS) $(ARGS)
+
+faults: setup ## the fault matrix (docs/reliability.md); ARGS="--quick" for some rows
+	@PYTHONPATH=tests $(VENV)/bin/python -m faults matrix $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(VENV)/bin/ruff check $(SOURCES)

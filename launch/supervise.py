@@ -211,6 +211,7 @@ class Supervisor:
             # The user's file may change while the run goes on.
             self._job = replace(self._job, config_path=kept, overrides=())
             if outcome.kind == "grow":
+                self._restarts.ended_well()
                 wanted = self._grown()
             elif outcome.kind == "failed" and not self._stop_is_asked():
                 self._again(outcome, progressed=_newest_checkpoint(self._directory) != before)
