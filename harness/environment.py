@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import socket
 import time
 from collections.abc import Sequence
@@ -63,10 +65,13 @@ FORWARDED = ("HOROVOD_", "NCCL_", "GLOO_", "MASTER_ADDR", "MASTER_PORT")
 other hosts that it is told of, and ranks with different ones wait for each other for ever."""
 
 
+_NUMBER = re.compile("[0-9]{1,9}")
+
+
 def _first(names: tuple[str, ...]) -> int | None:
     for name in names:
         value = os.environ.get(name, "")
-        if value.isdigit():
+        if _NUMBER.fullmatch(value):
             return int(value)
     return None
 
@@ -124,10 +129,15 @@ def horovodrun_store() -> tuple[str, int] | None:
     return (address, port) if address and port else None
 
 
+def gloo_interface() -> str | None:
+    """The network interface that horovodrun has chosen for its Gloo ranks."""
+    return os.environ.get("HOROVOD_GLOO_IFACE")
+
+
 def elastic_bounds() -> tuple[int, int] | None:
     """The least and the most ranks of an elastic world; None if the world does not change."""
     least, colon, most = os.environ.get(ELASTIC, "").partition(":")
-    if not (colon and least.isdigit() and most.isdigit()):
+    if not (colon and _NUMBER.fullmatch(least) and _NUMBER.fullmatch(most)):
         return None
     return int(least), int(most)
 
@@ -193,9 +203,10 @@ def growth_limit() -> int:
 def seconds_since_launch() -> float | None:
     """How long ago the ranks were started, by the clock on the wall; None if nobody said when."""
     try:
-        return max(0.0, time.time() - float(os.environ[LAUNCHED_AT]))
+        seconds = time.time() - float(os.environ[LAUNCHED_AT])
     except (KeyError, ValueError):
         return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 def launched_now() -> None:
@@ -210,8 +221,11 @@ def ranks_per_gpu() -> int:
 
 def seconds_to_measure() -> float | None:
     """After how many seconds of steady updates this run is to stop; None: it goes on to its end."""
-    value = os.environ.get(MEASURE)
-    return float(value) if value else None
+    try:
+        seconds = float(os.environ.get(MEASURE, ""))
+    except ValueError:
+        return None
+    return seconds if 0 < seconds < math.inf else None
 
 
 def wants_mps() -> bool:

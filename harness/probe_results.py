@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import os
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,10 @@ from rich.measure import Measurement as Width
 from rich.table import Table
 
 from harness.errors import UsageError
+from harness.lenient import LARGEST
+from harness.records import read_text
 from harness.wording import counted
+from harness.yamlfile import one_line
 
 _COLUMNS = (
     *("operation", "collective", "bytes", "ranks", "rounds"),
@@ -128,7 +131,7 @@ def read_results(path: Path) -> Results:
     """Read probe.json, or the one in a directory. Raises UsageError if it holds no probe."""
     file = path / "probe.json" if path.is_dir() else path
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_text(file))
     except OSError as error:
         raise UsageError(
             f"{file}: {error.strerror}; give a directory that harness probe -o has written"
@@ -138,7 +141,7 @@ def read_results(path: Path) -> Results:
     if not isinstance(content, dict):
         raise UsageError(f"{file} is no probe: an object is wanted")
     ranks, listed = content.get("ranks"), content.get("timings")
-    if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
+    if not isinstance(ranks, int) or isinstance(ranks, bool) or not 1 <= ranks < 2**31:
         raise UsageError(f"{file} is no probe: ranks must be a count, not {ranks!r:.50}")
     if not isinstance(listed, list) or not listed:
         raise UsageError(f"{file} is no probe: timings must be a list that is not empty")
@@ -154,7 +157,9 @@ def read_results(path: Path) -> Results:
         ranks,
         _count_hosts(content),
         timings,
-        left_out if isinstance(left_out, dict) else {},
+        {one_line(name): one_line(str(why), 300) for name, why in left_out.items()}
+        if isinstance(left_out, dict)
+        else {},
     )
 
 
@@ -164,7 +169,7 @@ def _read_timing(value: Any, ranks: int, where: str) -> Timing:
     name, size, seconds = (value.get(key) for key in ("operation", "bytes", "seconds"))
     if not isinstance(name, str) or name not in known:
         raise UsageError(f"{where}: operation {name!r:.50} is none of {', '.join(known)}")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**62:
         raise UsageError(f"{where}: bytes must be a count, not {size!r:.50}")
     if not isinstance(seconds, list) or len(seconds) < 2 or not all(map(_is_time, seconds)):
         raise UsageError(f"{where}: seconds must be a list of 2 times or more, each above 0")
@@ -173,7 +178,7 @@ def _read_timing(value: Any, ranks: int, where: str) -> Timing:
 
 def _is_time(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 0 < value < math.inf
+    return number and 0 < value < LARGEST
 
 
 def _count_hosts(content: dict[str, Any]) -> int | None:
@@ -218,7 +223,7 @@ def print_tables(
     # A launcher may give its ranks a terminal of its own; how wide the real one is, the launching
     # process says.
     columns = os.environ.get("COLUMNS", "")
-    width = int(columns) if columns.isdigit() else _WIDE
+    width = int(columns) if re.fullmatch("[1-9][0-9]{0,4}", columns) else _WIDE
     target = console or Console(width=width, force_terminal=False, color_system=None)
     times = _table(timings, lambda one: shown_time(one.quartiles))
     heading = "time, median (quartiles)"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from harness.config import dump_config
 from harness.errors import RunDirectoryError
-from harness.records import TRAJECTORY_EVENTS, RunDirectory, read_jsonl, write_atomic
+from harness.records import RunDirectory, of_trajectory, read_jsonl, write_atomic
 from harness.schema import Config
 from harness.yamlfile import dump_yaml, parse_yaml, read_yaml
 
@@ -69,7 +71,7 @@ def has_finished(run: RunDirectory) -> bool:
     """Whether a run's last word on its trajectory is that it has ended."""
     last = None
     for event in read_jsonl(run.events):
-        if event and event.get("kind") in TRAJECTORY_EVENTS:
+        if event and of_trajectory(event):
             last = event["kind"]
     return last == "end"
 
@@ -80,7 +82,7 @@ def ranks_of_late(run: RunDirectory) -> int:
     for event in read_jsonl(run.events):
         if event and event.get("kind") in ("start", "resume", "stop"):
             named = event.get("ranks_wanted") or event.get("ranks")
-            ranks = named if isinstance(named, int) else ranks
+            ranks = named if _is_count(named) else ranks
     return ranks
 
 
@@ -90,8 +92,12 @@ def ranks_wanted(run: RunDirectory) -> int:
     for event in read_jsonl(run.events):
         if event and event.get("kind") == "stop":
             named = event.get("ranks_wanted")
-            wanted = named if isinstance(named, int) else 0
+            wanted = named if _is_count(named) else 0
     return wanted
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 < value < 2**31
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, object]:

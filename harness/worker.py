@@ -25,7 +25,13 @@ from harness.config import dump_config, load_config
 from harness.data.datasets import ImageData
 from harness.data.shared import load_shared
 from harness.elastic import LeftOut, Membership, Regroup
-from harness.errors import PeerLost, RunDirectoryError, StoppedEarly
+from harness.errors import (
+    CheckpointError,
+    HarnessError,
+    PeerLost,
+    RunDirectoryError,
+    StoppedEarly,
+)
 from harness.evaluate import Evaluation
 from harness.journal import Journal
 from harness.last_words import leave_at_once, leave_last_words
@@ -39,6 +45,7 @@ from harness.records import (
     RunLock,
     furthest,
     read_jsonl,
+    read_text,
     rewind,
     write_atomic,
     write_json,
@@ -51,6 +58,7 @@ from harness.syncbn import convert
 from harness.tensorboard import Scalars, check_installed, open_scalars
 from harness.tracing import next_timeline
 from harness.trainer import Trainer
+from harness.yamlfile import one_line
 
 
 @dataclass
@@ -148,7 +156,7 @@ def _run(
             if comm.rank == 0 and not resume:
                 lock.discard()  # no run has begun
             raise
-        resumed = _resume(run, comm) if resume else _Resumed()
+        resumed = _resume(run, comm, model) if resume else _Resumed()
         if comm.rank == 0:
             if not resume:
                 write_atomic(run.config, dump_config(config).encode())
@@ -179,8 +187,7 @@ def _run(
             membership,
         )
         if resumed.state is not None:
-            state = resumed.state
-            together(comm, lambda: trainer.load_state_dict(state))
+            together(comm, lambda: _restore(trainer, resumed))
         if comm.rank == 0:
             if membership is not None and membership.lost_at is not None:
                 said = {"reason": membership.reason, "rank": None, "host": None}
@@ -227,16 +234,36 @@ def _scalars(config: Config, run: RunDirectory, resumed: _Resumed) -> Scalars | 
     return open_scalars(config.train.tensorboard, run, seen)
 
 
-def _resume(run: RunDirectory, comm: Communicator) -> _Resumed:
+def _resume(run: RunDirectory, comm: Communicator, model: nn.Module) -> _Resumed:
     """The newest valid checkpoint, read by rank 0 and given to all, so that all have the same."""
     resumed = together(comm, lambda: _find(run) if comm.rank == 0 else _Resumed())
     resumed.content = broadcast_bytes(comm, resumed.content if comm.rank == 0 else None, "resume")
     if resumed.content:
-        resumed.state = together(
-            comm, lambda: checkpoint.load_state(resumed.content, resumed.name or "checkpoint")
-        )
+        resumed.state = together(comm, lambda: _load(resumed, model))
         resumed.content = b""  # not held in memory for the length of the run
     return resumed
+
+
+def _load(resumed: _Resumed, model: nn.Module) -> checkpoint.State:
+    """The state, once it is clear that the records may be cut back to it."""
+    name = resumed.name or "checkpoint"
+    state = checkpoint.load_state(resumed.content, name)
+    checkpoint.check_fits(state, model, name)
+    return state
+
+
+def _restore(trainer: Trainer, resumed: _Resumed) -> None:
+    assert resumed.state is not None  # noqa: S101 - for the type checker
+    try:
+        trainer.load_state_dict(resumed.state)
+    except HarnessError:
+        raise
+    except Exception as error:  # whatever comes of keys and types that are not as they were saved
+        raise CheckpointError(
+            f"{resumed.name or 'checkpoint'} is not of this configuration and version "
+            f"({type(error).__name__}: {one_line(str(error), 300)}); resume with what it was made "
+            "with, or start anew in another --run-dir"
+        ) from None
 
 
 def _find(run: RunDirectory) -> _Resumed:
@@ -306,8 +333,10 @@ def _introduce(
     attempts = sum(1 for r in read_jsonl(run.events) if r and r.get("kind") in ("start", "resume"))
     provenance = collect(comm)
     if run.provenance.exists():
-        with suppress(ValueError, AttributeError):  # a broken one is written anew
-            first = json.loads(run.provenance.read_text(encoding="utf-8"))
+        with suppress(
+            OSError, ValueError, AttributeError, TypeError, RecursionError
+        ):  # written anew
+            first = json.loads(read_text(run.provenance))
             provenance = {**first, "attempts": [*first.get("attempts", []), provenance]}
     write_json(run.provenance, provenance)
     if not run.plan.exists():

@@ -19,11 +19,13 @@ from typing import IO
 from harness.errors import LaunchError
 from harness.progress import Display, parse_relayed
 from harness.records import RunDirectory
+from harness.redact import is_secret
 from launch.deaths import rank_tag
 from launch.outcome import Ended
 from launch.spec import LaunchSpec
 
 _TIED = str(Path(__file__).with_name("tied.py"))
+_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 _GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 _LAST_LINES = 200  # of the launcher's own, by which its end is judged
 
@@ -33,7 +35,14 @@ def child_environment(spec: LaunchSpec) -> dict[str, str]:
     mpirun and horovodrun lie there in a virtual environment that nobody has activated."""
     here = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", os.defpath)
-    return {**os.environ, "PATH": f"{here}{os.pathsep}{path}", **spec.environment}
+    # horovodrun writes all names into a line that a shell reads, and without MPI all values too,
+    # on this host and on others, where everybody may read the command lines of processes.
+    told = {
+        name: value
+        for name, value in os.environ.items()
+        if _NAME.fullmatch(name) and not (spec.controller == "gloo" and is_secret(name))
+    }
+    return {**told, "PATH": f"{here}{os.pathsep}{path}", **spec.environment}
 
 
 def execute(
@@ -50,7 +59,7 @@ def execute(
     if the launcher is not there.
     """
     with directory.launch_log.open("a", encoding="utf-8") as log:
-        log.write(f"$ {spec.as_shell_command(argv)}\n")
+        log.write(f"$ {spec.as_log_line(argv)}\n")
         process = _start(argv, spec)
         with stopper.watching(process, display):
             own_words = _pump(process, display, log, rank_tag(launcher, spec.mpi))

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Literal
 
 from harness.errors import StoppedEarly, UsageError
-from harness.records import RunDirectory
+from harness.records import RunDirectory, read_object
 from harness.resume import has_finished, ranks_wanted
 from launch import elastic
 from launch.deaths import Death, first_death, lost_host
 from launch.spec import LaunchSpec
+
+_NOTE = {
+    "rank": (int,),
+    "host": (str,),
+    "exit_code": (int,),
+    "message": (str,),
+    "consequence": (bool,),
+    "traceback": (str, NoneType),
+}
+"""What ``harness.last_words`` leaves; a rank that was killed while it wrote leaves something else."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +87,9 @@ def _last_words(directory: RunDirectory) -> Iterator[dict[str, Any]]:
 def _notes(directory: RunDirectory) -> Iterator[dict[str, Any]]:
     """What ranks have left, also of those who noticed that another was gone."""
     for path in directory.failures.glob("rank-*.json"):
-        try:
-            note = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        yield note
+        note = read_object(path)
+        if note is not None and all(type(note.get(key)) in kinds for key, kinds in _NOTE.items()):
+            yield note
 
 
 def _by_its_words(note: dict[str, Any], spec: LaunchSpec, directory: RunDirectory) -> Outcome:

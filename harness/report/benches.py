@@ -10,7 +10,7 @@ from typing import Any
 from harness.benchfile import FORMAT, NAME
 from harness.errors import RunDirectoryError
 from harness.lenient import number, pick
-from harness.records import Record
+from harness.records import Record, read_text
 from harness.report.fields import clean, plural, words
 from harness.report.scaling import Point, Series, series_of
 
@@ -43,7 +43,7 @@ def load_bench(path: Path, position: int) -> Bench:
     """Read bench.json; raises RunDirectoryError where it cannot be read at all."""
     file = path / NAME
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
         raise RunDirectoryError(f"{file} cannot be read: {type(error).__name__}") from error
     if not isinstance(record, dict):

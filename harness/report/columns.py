@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from harness.lenient import LARGEST, number
-from harness.records import Record, parse_line
+from harness.records import LONGEST_LINE, Record, open_regular, parse_line
 from harness.report.fields import clean
 
 Array = NDArray[np.float64]
@@ -124,12 +124,12 @@ def _parts(size: int) -> int:
 
 def _cuts(path: Path, parts: int) -> list[int]:
     """Places where lines begin, from 0 to the end of the file, that divide it about evenly."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = file.seek(0, os.SEEK_END)
         cuts = {0, size}
         for part in range(1, parts):
             file.seek(size * part // parts)
-            file.readline()
+            file.readline(LONGEST_LINE)
             cuts.add(min(file.tell(), size))
     return sorted(cuts)
 
@@ -186,13 +186,23 @@ def _join(parts: list[Columns]) -> Columns:
 def _read(path: Path, begin: int, end: int) -> Columns:
     """The lines of a file from one place, where a line begins, to another."""
     gathered = _Gathered()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(begin)
         at = begin
-        while at < end and (lines := file.readlines(min(LINES * 512, end - at))):
+        while at < end and (lines := _some_lines(file, min(LINES * 512, end - at))):
             at += sum(map(len, lines))
             gathered.add(lines if at <= end else lines[:-1])  # it may read one too many
     return gathered.columns()
+
+
+def _some_lines(file: IO[bytes], size: int) -> list[bytes]:
+    """Whole lines of about so many bytes. One that is too long to be a record comes in pieces, each
+    of which counts as a broken line."""
+    content = file.read(size)
+    if content and not content.endswith(b"\n"):
+        content += file.readline(LONGEST_LINE)
+    *whole, rest = content.split(b"\n")
+    return [line + b"\n" for line in whole] + ([rest] if rest else [])
 
 
 class _Gathered:
