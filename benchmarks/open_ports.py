@@ -72,7 +72,10 @@ def look(root: int) -> Iterator[tuple[str, ...]]:
                 for place in opened(one.pid):
                     if place in listening:
                         yield name, listening[place]
-                    elif re.match(r"/(dev/shm|tmp)/", place) and not place.startswith("/tmp/tmp"):
+                    elif (
+                        re.match(r"/(dev/shm|tmp)/", place)
+                        and str(tempfile.gettempprefix()) not in place
+                    ):
                         yield name, described(place)
 
 

@@ -28,7 +28,7 @@ FORMAT = 4
 State = dict[str, Any]
 
 _NAME = re.compile(r"update-([0-9]{8,18})\.pt")
-_MAX_VALUES = 10**7  # lists of lists of the same list can stand for more than memory holds
+_MAX_VALUES = 10**6  # lists of lists of the same list can stand for more than memory holds
 _DIGEST = 1000  # bytes of a file with one, at most
 
 

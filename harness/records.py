@@ -526,10 +526,10 @@ def read_text(path: Path, most: int = _LARGEST) -> str:
     """A file of UTF-8 text. Raises OSError and ValueError, as what is no regular file or has more
     than ``most`` bytes does."""
     with open_regular(path) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise OSError(errno.EFBIG, f"more than {most} bytes", str(path))
-    return content.decode()
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"more than {most} bytes", str(path))
+        return file.read(size).decode()
 
 
 def read_object(path: Path) -> Record | None:

@@ -1,4 +1,4 @@
-"""horovodrun, listening on one network interface only, and unpickling nothing that comes from there.
+"""horovodrun, listening on one network interface, and unpickling nothing that comes from there.
 
     python -m launch.closed …     the words of horovodrun
 

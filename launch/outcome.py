@@ -23,7 +23,7 @@ _NOTE = {
     "consequence": (bool,),
     "traceback": (str, NoneType),
 }
-"""What ``harness.last_words`` leaves; a rank that was killed while it wrote leaves something else."""
+"""What ``harness.last_words`` leaves. A file that lacks any of it is somebody else's."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from harness.cli import main
@@ -33,6 +33,8 @@ def fuzz(examples: int) -> Callable[[F], F]:
     chosen: Callable[[F], F] = settings(
         max_examples=examples * (LONG or 1),
         derandomize=not LONG,
+        phases=[Phase.explicit, Phase.generate, *([Phase.shrink] if LONG else [])],
+        report_multiple_bugs=False,
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
@@ -65,6 +67,12 @@ def command(*words: object) -> Said:
     assert "Traceback" not in said.out + said.err, said
     assert said.code in (0, 75) or said.err.strip(), "it failed without a word"
     return said
+
+
+def check_message(error: Exception, *words: str) -> None:
+    """It is for people: printable lines, with what it is about."""
+    assert all(line.isprintable() for line in str(error).splitlines()), repr(error)
+    assert all(word in str(error) for word in words), repr(error)
 
 
 @contextmanager

@@ -15,7 +15,18 @@ from typing import Any
 
 import pytest
 import torch
-from fuzzing import ROOM, WATCH, command, damaged, fuzz, hostile, limited, replaced, tree
+from fuzzing import (
+    ROOM,
+    WATCH,
+    check_message,
+    command,
+    damaged,
+    fuzz,
+    hostile,
+    limited,
+    replaced,
+    tree,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from support import ROOT
@@ -24,7 +35,12 @@ from harness.checkpoint import load_state
 from harness.errors import CheckpointError
 
 SMALL = (
-    *("comm.backend=solo", "batch={initial: 8, micro: 8}", "train.duration=4up"),
+    *(
+        "comm.backend=solo",
+        "batch={initial: 8, micro: 8, max: 8, growth: {policy: fixed}}",
+        "ranks={start: 1, max: 1}",
+        "train.duration=4up",
+    ),
     *("train.eval_every=null", "train.checkpoint_every=2up", "train.log_every=1"),
     *("train.tensorboard=false", "data.augment=false", "lr.warmup=null", "lr.decay={kind: none}"),
     *("data.dataset=synthetic", "data.size=32", "data.classes=2", "data.channels=1"),
@@ -95,7 +111,7 @@ def test_the_run_that_is_damaged_below_goes_on_where_it_is_whole(
     assert resume(again()) == 0
 
 
-@fuzz(150)
+@fuzz(37)
 @given(st.data())
 def test_damaged_bytes(trained: Path, data: st.DataObject) -> None:
     """With or without harm they are read whole, or refused; never is code run on the way."""
@@ -104,7 +120,7 @@ def test_damaged_bytes(trained: Path, data: st.DataObject) -> None:
         try:
             state = load_state(content, "x.pt")
         except CheckpointError as error:
-            assert all(line.isprintable() for line in str(error).splitlines())
+            check_message(error)
         else:
             assert isinstance(state, dict)
     assert done == []
@@ -128,7 +144,7 @@ def rewritten(content: bytes, change: Callable[[str, bytes], bytes]) -> bytes:
     return buffer.getvalue()
 
 
-@fuzz(100)
+@fuzz(25)
 @given(st.data())
 def test_damaged_members(trained: Path, data: st.DataObject) -> None:
     """Of archives whose checksums fit: the pickle is what is read."""
@@ -144,7 +160,7 @@ def test_damaged_members(trained: Path, data: st.DataObject) -> None:
         try:
             load_state(content, "x.pt")
         except CheckpointError as error:
-            assert all(line.isprintable() for line in str(error).splitlines())
+            check_message(error)
     assert done == []
 
 
@@ -161,7 +177,7 @@ tensors = st.sampled_from(
 )
 
 
-@fuzz(12)
+@fuzz(3)
 @given(st.data())
 def test_runs_go_on_from_damaged_states_or_say_why_not(
     again: Callable[[], Path], data: st.DataObject
@@ -197,7 +213,7 @@ EVIL = {
     "os.system": Evil(os.system, "touch pwned"),
     "open": Evil(open, "pwned", "w"),
     "exec": Evil(exec, "open('pwned', 'w')"),
-    "getattr": Evil(getattr, torch, "hub"),
+    "getattr": Evil(getattr, "x", "upper"),
     "torch.load": Evil(torch.load, "/etc/passwd"),
     "memory": Evil(bytearray, 2**40),
     "tensor": Evil(torch.Tensor, 2**40),
@@ -233,15 +249,14 @@ def bomb() -> bytes:
 
 
 def overlapping() -> bytes:
-    """Members that all have the same bytes: as many times these as there are members."""
-    content = bytearray(saved({"format": 4, "x": torch.zeros(1 << 18)}))
+    """Members that all have the same bytes: many times as many as the file has."""
+    content = saved({"format": 4, "x": torch.zeros(1 << 18)})
     end = content.rindex(b"PK\5\6")
     size, start = struct.unpack_from("<II", content, end + 12)
-    directory = bytes(content[start : start + size])
-    counts = struct.unpack_from("<H", content, end + 10)[0]
-    content[start:end] = directory * 50
-    struct.pack_into("<HHI", content, end + 49 * size + 8, counts * 50, counts * 50, size * 50)
-    return bytes(content)
+    directory, times = content[start : start + size], 50
+    count = struct.unpack_from("<H", content, end + 10)[0] * times
+    last = b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, count, count, size * times, start, 0)
+    return content[:start] + directory * times + last
 
 
 def shared_lists() -> bytes:

@@ -138,14 +138,14 @@ def as_override(key: str, value: Any) -> str:
     return f"{key}={json.dumps(value)}"
 
 
-@fuzz(150)
+@fuzz(37)
 @given(st.lists(st.sampled_from(FIELDS).flatmap(lambda f: st.tuples(st.just(f[0]), f[1])),
                 min_size=1, max_size=5))  # fmt: skip
 def test_any_values_of_any_keys(settings: list[tuple[str, Any]]) -> None:
     planned(DEMO, *(as_override(key, value) for key, value in settings))
 
 
-@fuzz(60)
+@fuzz(15)
 @given(section(Config))
 def test_whole_configurations_from_the_schema(configs: Path, raw: dict[str, Any]) -> None:
     path = configs / "made-up.yaml"
@@ -156,7 +156,7 @@ def test_whole_configurations_from_the_schema(configs: Path, raw: dict[str, Any]
 # From files
 
 
-@fuzz(150)
+@fuzz(37)
 @given(st.data())
 def test_damaged_files(configs: Path, data: st.DataObject) -> None:
     source = data.draw(st.sampled_from(CONFIGS))
@@ -165,7 +165,7 @@ def test_damaged_files(configs: Path, data: st.DataObject) -> None:
     planned(path)
 
 
-@fuzz(40)
+@fuzz(10)
 @given(st.lists(st.sampled_from(SNIPPETS), max_size=6).map(b"".join) | st.binary(max_size=200))
 def test_any_bytes(configs: Path, content: bytes) -> None:
     path = configs / "any.yaml"

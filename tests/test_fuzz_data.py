@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzzing import ROOM, WATCH, command, damaged, fuzz, limited
+from fuzzing import ROOM, WATCH, check_message, command, damaged, fuzz, limited
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -126,8 +126,7 @@ def take_all(kind: str, root: Path) -> None:
                 samples = np.arange(len(split))
                 split.request(samples, samples, 0, True, CPU).take()
     except DataError as error:
-        assert str(root.name) in str(error)
-        assert all(line.isprintable() for line in str(error).splitlines())
+        check_message(error, root.name)
     finally:
         started = [event for event, _ in done if not event.startswith("socket")]
         assert started == []
@@ -141,17 +140,19 @@ def test_what_is_damaged_below_is_whole(kind: str, wholes: dict[str, Path]) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@fuzz(60)
+@fuzz(15)
 @given(data=st.data())
 def test_damaged_files(kind: str, copies: Callable[[str], Path], data: st.DataObject) -> None:
     root = copies(kind)
-    for path in data.draw(st.lists(st.sampled_from(files(root)), min_size=1, max_size=2)):
+    for path in data.draw(
+        st.lists(st.sampled_from(files(root)), min_size=1, max_size=2, unique=True)
+    ):
         path.write_bytes(data.draw(damaged(path.read_bytes())))
     take_all(kind, root)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@fuzz(10)
+@fuzz(2)
 @given(data=st.data())
 def test_commands_on_damaged_files(
     kind: str, copies: Callable[[str], Path], data: st.DataObject
@@ -166,7 +167,7 @@ def test_commands_on_damaged_files(
 NUMBERS = (0, 1, 0x7F, 0xFF, 0x8000_0000, 0xFFFF_FFFF)
 
 
-@fuzz(40)
+@fuzz(10)
 @given(sizes=st.lists(st.sampled_from(NUMBERS) | st.integers(0, 99), min_size=3, max_size=3),
        zipped=st.booleans())  # fmt: skip
 def test_headers_that_claim_anything(
@@ -202,10 +203,11 @@ def test_images_that_claim_to_be_large(copies: Callable[[str], Path]) -> None:
     ):
         root = copies("folder")
         (root / "train" / "a" / "1.png").write_bytes(png(*size))
+        data = load(Data(dataset="folder", root=str(root), image_size=16))
+        samples = np.arange(len(data.train))
+        asked = data.train.request(samples, samples, 0, False, CPU)
         with limited(ROOM), pytest.raises(DataError, match=r"1\.png"):
-            data = load(Data(dataset="folder", root=str(root), image_size=16))
-            samples = np.arange(len(data.train))
-            data.train.request(samples, samples, 0, False, CPU).take()
+            asked.take()
 
 
 def test_a_file_that_unpacks_to_much_more(copies: Callable[[str], Path]) -> None:

@@ -73,9 +73,9 @@ def _url(one: Distribution) -> str:
 
 def _licence(one: Distribution) -> str | None:
     """As the distribution states it, if it does so in a line."""
-    told = one.metadata.get("License-Expression")
-    if told:
-        return str(told)
+    stated = one.metadata.get_all("License-Expression") or []
+    if stated:
+        return str(stated[0])
     classified = [
         text.removeprefix(_CLASSIFIER)
         for text in one.metadata.get_all("Classifier") or ()
@@ -83,8 +83,8 @@ def _licence(one: Distribution) -> str | None:
     ]
     if classified:
         return " / ".join(classified)
-    told = one.metadata.get("License") or ""
-    return told.strip() if told.strip() and "\n" not in told.strip() else None
+    text = "".join(map(str, one.metadata.get_all("License") or ())).strip()
+    return text if text and "\n" not in text else None
 
 
 def _needs(one: Distribution, found: dict[str, Distribution]) -> Iterator[str]:
