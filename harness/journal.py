@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from harness import checkpoint
@@ -27,43 +28,55 @@ class Journal:
         self._keep = keep_checkpoints
         self._lines, self._trajectory = position.metrics, position.events
         self._layer_lines = position.layers
-        self._metrics = JsonlWriter(run.metrics) if writes else None
-        self._events = JsonlWriter(run.events) if writes else None
-        self._layers: JsonlWriter | None = None  # few runs have it
+        self._writes = writes
+        self._opened: dict[Path, JsonlWriter] = {}
         self._scalars = scalars
+
+    def _writer(self, path: Path) -> JsonlWriter:
+        """Of one file, which is opened at its first line: until then it may be cut or replaced."""
+        if path not in self._opened:
+            self._opened[path] = JsonlWriter(path)
+        return self._opened[path]
+
+    def open(self, scalars: Scalars | None = None) -> None:
+        """Create the files that every run has; see ``__init__`` for ``scalars``."""
+        self._scalars = self._scalars or scalars
+        if self._writes:
+            self._writer(self.run.metrics)
+            self._writer(self.run.events)
 
     def event(self, kind: str, update: int, **fields: Any) -> None:
         """Append a line to events.jsonl. ``update``: the last one that it depends on."""
-        if self._events is not None:
+        if self._writes:
             self._trajectory += kind in TRAJECTORY_EVENTS
-            self._events.append({"kind": kind, "update": update, "time": now(), **fields})
+            self._writer(self.run.events).append(
+                {"kind": kind, "update": update, "time": now(), **fields}
+            )
             if kind == "evaluation" and self._scalars is not None:
                 self._scalars.evaluation(fields)
 
     def metrics(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        if self._metrics is not None:
+        if self._writes:
             self._lines += 1
-            self._metrics.append(line)
+            self._writer(self.run.metrics).append(line)
             if self._scalars is not None:
                 self._scalars.line(line)
 
     def layers(self, line: dict[str, Any]) -> None:
         """Append a line to layers.jsonl, which the first one creates."""
-        if self._metrics is not None:
-            self._layers = self._layers or JsonlWriter(self.run.layers)
+        if self._writes:
             self._layer_lines += 1
-            self._layers.append(line)
+            self._writer(self.run.layers).append(line)
 
     def save(self, update: int, samples_seen: int, state: dict[str, Any]) -> None:
         """Write a checkpoint, after everything that was recorded before it."""
-        if self._metrics is None or self._events is None:
+        if not self._writes:
             return
-        self._metrics.sync()
-        for copy in (self._layers, self._scalars):
-            if copy is not None:
-                copy.sync()
-        events = self._events
+        events = self._writer(self.run.events)
+        for writer in (*self._opened.values(), *([self._scalars] if self._scalars else [])):
+            if writer is not events:
+                writer.sync()
         # The checkpoint's own event is written before the checkpoint gets its name.
         position = Position(self._lines, self._trajectory + 1, self._layer_lines)
 
@@ -81,7 +94,7 @@ class Journal:
         )
 
     def close(self) -> None:
-        for writer in (self._metrics, self._events, self._layers, self._scalars):
-            if writer is not None:
-                writer.sync()
-                writer.close()
+        for writer in (*self._opened.values(), *([self._scalars] if self._scalars else [])):
+            writer.sync()
+            writer.close()
+        self._opened.clear()

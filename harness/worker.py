@@ -161,12 +161,10 @@ def _run(
             if not resume:
                 write_atomic(run.config, dump_config(config).encode())
             resumed.furthest = furthest(run)
-            resumed.lines_missing = rewind(run, resumed.position)
             if environment.failure_dir() is None and membership is None:
                 stop.clear()  # else who has started the ranks has done so before
-        scalars = _scalars(config, run, resumed) if comm.rank == 0 else None
         keep = config.train.keep_checkpoints
-        journal = Journal(run, comm.rank == 0, keep, resumed.position, scalars)
+        journal = Journal(run, comm.rank == 0, keep, resumed.position)
         held.callback(journal.close)
         display = _display(comm)
         held.callback(display.close)
@@ -188,6 +186,9 @@ def _run(
         )
         if resumed.state is not None:
             together(comm, lambda: _restore(trainer, resumed))
+        if comm.rank == 0:  # only now is it certain that the run goes on from there
+            resumed.lines_missing = rewind(run, resumed.position)
+            journal.open(_scalars(config, run, resumed))
         if comm.rank == 0:
             if membership is not None and membership.lost_at is not None:
                 said = {"reason": membership.reason, "rank": None, "host": None}

@@ -64,6 +64,8 @@ def execute(
         with stopper.watching(process, display):
             own_words = _pump(process, display, log, rank_tag(launcher, spec.mpi))
             code = process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
             kill_group(process)  # ranks that outlived their launcher
     return Ended(code, own_words)
 
