@@ -74,7 +74,7 @@ class Journal:
         if not self._writes:
             return
         events = self._writer(self.run.events)
-        for writer in (*self._opened.values(), *([self._scalars] if self._scalars else [])):
+        for writer in self._all():
             if writer is not events:
                 writer.sync()
         # The checkpoint's own event is written before the checkpoint gets its name.
@@ -93,8 +93,11 @@ class Journal:
             announce,
         )
 
+    def _all(self) -> list[JsonlWriter | Scalars]:
+        return [*self._opened.values(), *([] if self._scalars is None else [self._scalars])]
+
     def close(self) -> None:
-        for writer in (*self._opened.values(), *([self._scalars] if self._scalars else [])):
+        for writer in self._all():
             writer.sync()
             writer.close()
         self._opened.clear()
