@@ -258,6 +258,7 @@ def test_the_command_imports_almost_nothing_before_it_knows_what_to_do() -> None
     assert {name for name in at_once if entry(name)} == {
         "harness.errors.HarnessError",
         "harness.errors.UsageError",
+        "harness.errors.told",
     }
 
 

@@ -117,7 +117,8 @@ class Block:
             area[_HEAD : _HEAD + len(pickled)] = pickled
             for offset, array in pickler.arrays:
                 begin = start + offset
-                area[begin : begin + array.nbytes] = array.data.cast("B")
+                if array.nbytes:
+                    area[begin : begin + array.nbytes] = array.data.cast("B")
         return cls(file, start + pickler.size)
 
     @classmethod
