@@ -56,6 +56,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         from launch.slurm import split_words
 
         words, of_sbatch = split_words(words, OPTIONS)
+    for word in words:
+        if word.startswith("--") and word.endswith("=--"):  # which argparse takes for no value
+            parser.error(f"{word}: -- is no value")
     options, rest = parser.parse_known_args(words)
     if of_sbatch:
         options.sbatch = of_sbatch

@@ -107,6 +107,11 @@ def test_hosts(text: str, launcher: str) -> None:
         dry_run(f"--hosts={text}", launcher=launcher)
 
 
+@pytest.mark.parametrize("text", ["--", "", ",", "-", "a:--", "--hosts=--"])
+def test_hosts_that_are_none(text: str) -> None:
+    assert dry_run(f"--hosts={text}").code == 2
+
+
 @fuzz(20)
 @given(st.data())
 def test_host_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
