@@ -49,6 +49,9 @@ from harness.records import (
     RunDirectory,
     newest_number,
     now,
+    numbered,
+    open_regular,
+    partial_name,
     place_name,
     read_object,
     rewind,
@@ -57,11 +60,12 @@ from harness.records import (
     write_atomic,
     write_json,
 )
+from harness.yamlfile import one_line
 
 FORMAT = 1
 """Of an attempt's folder and its records. Run directories without such folders are older."""
 _MARK = "attempt.json"
-_TEMPORARY = re.compile(r"\.(?:new|old)-(?P<number>\d{8,})-[0-9a-f]+")
+_TEMPORARY = re.compile(r"\.(?:new|old)-(?P<number>[0-9]{8,})-[0-9a-f]+")
 _NO_HARD_LINKS = (errno.EPERM, errno.EXDEV, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT)
 """Why a rename to a name that there is already fails; ENOENT: whoever has it has cleaned up."""
@@ -112,7 +116,7 @@ class Attempt:
             temporary = _TEMPORARY.fullmatch(entry.name)
             if temporary is not None and int(temporary["number"]) <= self.number:
                 shutil.rmtree(entry, ignore_errors=True)
-            elif entry.name.isdecimal() and int(entry.name) < self.number:
+            elif 0 < numbered(entry.name) < self.number:
                 # Under another name first: its owner finds nothing to write to from then on.
                 aside = self._aside(int(entry.name))
                 with suppress(OSError):
@@ -184,7 +188,8 @@ class Draft:
             for name in ("config.yaml", "provenance.json", "plan.json"):
                 source = (self._base.place or self._base.path) / name
                 if source.exists():
-                    write_atomic(self._folder / name, source.read_bytes())
+                    with open_regular(source) as file:
+                        write_atomic(self._folder / name, file.read())
             return rewind(self._base, position, self.run)
 
     def commit(self) -> Attempt:
@@ -254,10 +259,11 @@ def check_format(run: RunDirectory) -> None:
     mark = None if place is None else read_object(place / _MARK)
     found = (mark or {}).get("format")
     if isinstance(found, int) and found > FORMAT:
+        written_by = one_line(str((mark or {}).get("version")))
         raise RunDirectoryError(
-            f"{run.path}: its records are in format {found}, written by version "
-            f"{(mark or {}).get('version')}; this is version {_version()}, which knows format "
-            f"{FORMAT}: go on with that version, or a newer one"
+            f"{run.path}: its records are in format {found}, written by version {written_by}; "
+            f"this is version {_version()}, which knows format {FORMAT}: go on with that version, "
+            "or a newer one"
         )
 
 
@@ -274,7 +280,7 @@ def launch_of(run: RunDirectory) -> str | None:
 def is_ours(newest: RunDirectory, before: int) -> bool:
     """Whether the newest attempt is of this launching process or no newer than number ``before``,
     which was the newest one when it began."""
-    if newest.place is None or int(newest.place.name) <= before:
+    if newest.place is None or numbered(newest.place.name) <= before:
         return True
     return newest.launch is not None and launch_of(newest) == newest.launch.name
 
@@ -310,7 +316,7 @@ def retire_launches(run: RunDirectory) -> None:
     if run.launch is None:
         return
     for entry in list(run.launches.iterdir()):
-        if entry.name.isdecimal() and int(entry.name) < int(run.launch.name):
+        if 0 < numbered(entry.name) < numbered(run.launch.name):
             shutil.rmtree(entry, ignore_errors=True)
 
 
@@ -318,7 +324,8 @@ def holder(run: RunDirectory) -> str:
     """Who has begun the newest attempt, in words."""
     place = run.attempts / place_name(newest_number(run.attempts))
     mark = read_object(place / _MARK) or {}
-    return f"pid {mark.get('pid')} on {mark.get('host')} since {mark.get('since')}"
+    pid, host, since = (one_line(str(mark.get(key))) for key in ("pid", "host", "since"))
+    return f"pid {pid} on {host} since {since}"
 
 
 def _adopt(source: Path, target: Path) -> None:
@@ -338,9 +345,14 @@ def _adopt(source: Path, target: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Another name for a file, or a copy where that cannot be; nothing for one that is gone."""
+    """Another name for a file, or a copy where that cannot be; nothing for one that is gone.
+
+    What is no regular file is pointed at, so that whoever is to read it can say so."""
     with suppress(FileExistsError, FileNotFoundError):
         real = os.path.realpath(source)
+        if os.path.lexists(source) and not os.path.isfile(real):
+            target.symlink_to(real)
+            return
         try:
             os.link(real, target)
         except OSError as error:
@@ -350,7 +362,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    with source.open("rb") as file, target.open("xb") as copy:
+    with open_regular(source) as file, target.open("xb") as copy:
         shutil.copyfileobj(file, copy, 2**20)
         copy.flush()
         os.fsync(copy.fileno())
@@ -379,7 +391,7 @@ def _lead(public: Path, target: Path, aside: Path) -> None:
     if public.is_dir() and not public.is_symlink():
         aside.mkdir()
         public.rename(aside / public.name)
-    link = public.with_name(f".{public.name}.{secrets.token_hex(8)}.tmp")
+    link = partial_name(public)
     try:
         link.symlink_to(words)
         link.replace(public)

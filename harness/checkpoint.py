@@ -11,23 +11,28 @@ import hashlib
 import io
 import os
 import re
+import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+from torch import nn
 
 from harness import pulse
 from harness.errors import CheckpointError
-from harness.records import sync_directory, write_atomic
+from harness.records import Position, open_regular, partial_name, sync_directory, write_atomic
+from harness.yamlfile import one_line
 
 FORMAT = 5
 _READABLE = (4, 5)
 """Format 4 did not say of which configuration it is."""
 State = dict[str, Any]
 
-_NAME = re.compile(r"update-(\d{8,})\.pt")
+_NAME = re.compile(r"update-([0-9]{8,18})\.pt")
+_MAX_VALUES = 10**6  # lists of lists of the same list can stand for more than memory holds
+_DIGEST = 1000  # bytes of a file with one, at most
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,9 @@ def save_checkpoint(
     pulse.at("writing a checkpoint")
     directory.mkdir(exist_ok=True)
     path = directory / checkpoint_name(update)
-    partial = directory / f".{path.name}.{os.getpid()}.tmp"
+    partial = partial_name(path)
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             writer = _Hashing(file)
             try:
                 torch.save({"format": FORMAT, **state}, cast(IO[bytes], writer))
@@ -116,7 +121,8 @@ def newest_valid(
     reasons = []
     for update, path in _named(directory):
         try:
-            content = path.read_bytes()
+            with open_regular(path) as file:
+                content = file.read()
             problem = _problem(path, content)
             if problem is None and check is not None:
                 check(content, path.name)
@@ -147,16 +153,23 @@ def set_aside(directory: Path, update: int) -> None:
 
 
 def load_state(content: bytes, name: str) -> State:
-    """The state in a checkpoint's bytes, tensors on the CPU; raises CheckpointError."""
+    """The state in a checkpoint's bytes, tensors on the CPU; raises CheckpointError.
+
+    Nothing is taken on trust: no code of the file's runs, no memory is taken that the file does not
+    fill, and what comes out is plain data and dense tensors.
+    """
     try:
+        _check_archive(content)
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch's readers make of other bytes
-        raise CheckpointError(f"{name}: not a checkpoint: {error}") from None
+        _check_plain(state)
+    except Exception as error:  # torch and zipfile answer damage with whatever happens
+        said = one_line(str(error) or type(error).__name__, 300)
+        raise CheckpointError(f"{name}: not a checkpoint: {said}") from None
     if not isinstance(state, dict) or not _is_readable(state.get("format")):
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         newer = type(found) is int and found > FORMAT
         raise CheckpointError(
-            f"{name}: written in format {found}, but this version reads formats "
+            f"{name}: written in format {one_line(str(found))}, but this version reads formats "
             f"{_READABLE[0]} to {_READABLE[-1]}"
             + "; a newer version wrote it; go on with that one"
             * newer
@@ -168,9 +181,76 @@ def _is_readable(found: object) -> bool:
     return type(found) is int and found in _READABLE
 
 
+def check_fits(state: State, model: nn.Module, name: str) -> None:
+    """Raise CheckpointError if a state is not of such a model, or does not say how much of the
+    records belongs to it."""
+    problem = _misfit(state, model)
+    if problem is not None:
+        raise CheckpointError(f"{name}: it is not of this configuration and version: {problem}")
+
+
+def _misfit(state: State, model: nn.Module) -> str | None:
+    counts = [state.get("samples_seen"), state.get("update")]
+    records = state.get("records")
+    counts += records.values() if isinstance(records, dict) else [None]
+    if not all(type(count) is int and 0 <= count < 2**62 for count in counts):
+        return "it does not say where the run was"
+    if not isinstance(records, dict) or set(records) != set(asdict(Position())):
+        return "it counts other records"
+    saved = state.get("model")
+    if not isinstance(saved, dict):
+        return "it has no model"
+    wanted = model.state_dict()
+    if lacking := sorted(map(str, wanted.keys() ^ saved.keys())):
+        return f"{one_line(lacking[0])} is not in both its model and this one"
+    for key, tensor in wanted.items():
+        found = saved[key]
+        if not isinstance(found, torch.Tensor) or found.shape != tensor.shape:
+            shape = tuple(found.shape) if isinstance(found, torch.Tensor) else "no tensor"
+            return f"{one_line(key)} is {shape}, and here {tuple(tensor.shape)}"
+    return None
+
+
+def _check_archive(content: bytes) -> None:
+    """Raise ValueError for what torch.save does not write today: a format of old, which takes other
+    paths through torch.load, or compressed members, which may unpack to any size."""
+    if not content.startswith(b"PK\x03\x04"):
+        raise ValueError("it is no zip file, as torch.save writes them")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("it has compressed members")
+    if sum(member.file_size for member in members) > len(content):
+        raise ValueError("its members claim more bytes than it has")
+
+
+def _check_plain(state: Any) -> None:
+    """Raise ValueError for a tensor that claims more elements than it holds, and for anything that
+    a run does not save."""
+    waiting, seen = [state], 0
+    while waiting:
+        value, seen = waiting.pop(), seen + 1
+        if seen > _MAX_VALUES:
+            raise ValueError(f"more than {_MAX_VALUES:,} values")
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu":
+                raise ValueError("a tensor that is not dense")
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError("a tensor that claims more elements than it holds")
+        elif isinstance(value, dict):
+            if not all(isinstance(key, str | int) for key in value):
+                raise ValueError("a key that is neither text nor a number")
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+        elif not isinstance(value, str | int | float | bool | None):
+            raise ValueError(f"a {type(value).__name__}, which no run saves")
+
+
 def _problem(path: Path, content: bytes) -> str | None:
     try:
-        expected = _digest_path(path).read_text(encoding="ascii").split()[0]
+        with open_regular(_digest_path(path)) as file:
+            expected = file.read(_DIGEST).decode("ascii").split()[0]
     except (OSError, UnicodeDecodeError, IndexError):
         return "its digest is missing"
     if hashlib.sha256(content).hexdigest() != expected:

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from harness.errors import HarnessError, UsageError
+from harness.errors import HarnessError, UsageError, told
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except HarnessError as error:
-        print(f"harness: {error}", file=sys.stderr)
+        print(f"harness: {told(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # its text says what and where: disk full, no permission
-        print(f"harness: {error}", file=sys.stderr)
+        print(f"harness: {told(error)}", file=sys.stderr)
         return 1
 
 
@@ -57,6 +57,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         from launch.slurm import split_words
 
         words, of_sbatch = split_words(words, OPTIONS)
+    for word in words:
+        if word.startswith("--") and word.endswith("=--"):  # which argparse takes for no value
+            parser.error(f"{word}: -- is no value")
     options, rest = parser.parse_known_args(words)
     if of_sbatch:
         options.sbatch = of_sbatch

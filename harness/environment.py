@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import socket
 import time
 from collections.abc import Sequence
@@ -72,10 +74,14 @@ FORWARDED = ("HOROVOD_", "NCCL_", "GLOO_", "MASTER_ADDR", "MASTER_PORT")
 other hosts that it is told of, and ranks with different ones wait for each other for ever."""
 
 
+_NUMBER = re.compile("[0-9]{1,9}")
+_JOB = re.compile("[0-9]{1,18}")
+
+
 def _first(names: tuple[str, ...]) -> int | None:
     for name in names:
         value = os.environ.get(name, "")
-        if value.isdigit():
+        if _NUMBER.fullmatch(value):
             return int(value)
     return None
 
@@ -133,10 +139,15 @@ def horovodrun_store() -> tuple[str, int] | None:
     return (address, port) if address and port else None
 
 
+def gloo_interface() -> str | None:
+    """The network interface that horovodrun has chosen for its Gloo ranks."""
+    return os.environ.get("HOROVOD_GLOO_IFACE")
+
+
 def elastic_bounds() -> tuple[int, int] | None:
     """The least and the most ranks of an elastic world; None if the world does not change."""
     least, colon, most = os.environ.get(ELASTIC, "").partition(":")
-    if not (colon and least.isdigit() and most.isdigit()):
+    if not (colon and _NUMBER.fullmatch(least) and _NUMBER.fullmatch(most)):
         return None
     return int(least), int(most)
 
@@ -214,7 +225,8 @@ def seconds_since(moment: str) -> float | None:
     try:
         boot, ticks, wall = moment.split(",")
         if boot == _boot():
-            return max(0.0, time.monotonic() - float(ticks))
+            seconds = time.monotonic() - float(ticks)
+            return max(0.0, seconds) if math.isfinite(seconds) else None
         seconds, lived = time.time() - float(wall), time.monotonic() - _LOADED
     except ValueError:
         return None
@@ -256,22 +268,28 @@ def ranks_per_gpu() -> int:
 
 def seconds_to_measure() -> float | None:
     """After how many seconds of steady updates this run is to stop; None: it goes on to its end."""
-    value = os.environ.get(MEASURE)
-    return float(value) if value else None
+    return _seconds(MEASURE)
 
 
 def hang_seconds() -> float | None:
     """After how long a silence of all ranks the launching process ends the job; None: never."""
-    value = os.environ.get(HANG)
-    return float(value) if value else None
+    return _seconds(HANG)
+
+
+def _seconds(name: str) -> float | None:
+    try:
+        seconds = float(os.environ.get(name, ""))
+    except ValueError:
+        return None
+    return seconds if 0 < seconds < math.inf else None
 
 
 def slurm_step() -> str | None:
     """The job step that this rank belongs to, as scancel takes it; None if srun has not started
     it."""
-    job, step = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_STEP_ID", "")
-    started = launcher() == "srun" and job.isdigit() and step.isdigit()
-    return f"{job}.{step}" if started else None
+    numbers = [os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")]
+    started = launcher() == "srun" and all(map(_JOB.fullmatch, numbers))
+    return ".".join(numbers) if started else None
 
 
 def wants_mps() -> bool:

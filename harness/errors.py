@@ -26,6 +26,11 @@ class HarnessError(Exception):
     exit_code: ClassVar[int] = 1
 
 
+def told(error: Exception) -> str:
+    """An error's message for a terminal, on which nothing that a file has put into it can draw."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(error))
+
+
 class UsageError(HarnessError):
     exit_code = 2
 

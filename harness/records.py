@@ -28,6 +28,7 @@ import os
 import re
 import secrets
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -37,9 +38,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-import yaml
-
-from harness.errors import RunDirectoryError, StorageError
+from harness.errors import ConfigError, RunDirectoryError, StorageError
+from harness.yamlfile import parse_yaml
 
 Record = dict[str, Any]
 
@@ -74,7 +74,13 @@ ITEMS = (
     "tensorboard",
 )
 """What belongs to an attempt."""
-_ATTEMPT = re.compile(r"\d{8,}")
+_ATTEMPT = re.compile("[0-9]{8,}")
+
+
+def of_trajectory(event: Record) -> bool:
+    """Whether an event belongs to the trajectory."""
+    kind = event.get("kind")
+    return isinstance(kind, str) and kind in TRAJECTORY_EVENTS
 
 
 @dataclass(frozen=True)
@@ -213,13 +219,18 @@ def place_name(number: int) -> str:
     return f"{number:08d}"
 
 
+def numbered(name: str) -> int:
+    """The number of an attempt's or a launch's folder; 0: it has another name."""
+    return int(name) if _ATTEMPT.fullmatch(name) else 0
+
+
 def newest_number(folder: Path) -> int:
     """The highest number among the folders of attempts, or of launches; 0 if there is none."""
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return 0
-    return max((int(name) for name in names if _ATTEMPT.fullmatch(name)), default=0)
+    return max(map(numbered, names), default=0)
 
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -378,12 +389,33 @@ class JsonlWriter:
         os.close(self._fd)
 
 
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file for reading. Raises OSError, for a pipe or a device too: who waits for somebody
+    to write into it, or reads it to its end, may do so for ever."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def read_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines from where a file stands. One that is too long to be a record is cut short, which
+    makes a broken one of it."""
+    while line := file.readline(LONGEST_LINE):
+        cut = len(line) == LONGEST_LINE and not line.endswith(b"\n")
+        yield line + b"\n" if cut else line
+        while cut:
+            line = file.readline(LONGEST_LINE)
+            cut = len(line) == LONGEST_LINE and not line.endswith(b"\n")
+
+
 def read_jsonl(path: Path) -> Iterator[Record | None]:
     """Records of a JSON Lines file in order; None for a line that is not a complete JSON object."""
     if not path.exists():
         return
-    with path.open("rb") as lines:
-        for line in lines:
+    with open_regular(path) as file:
+        for line in read_lines(file):
             yield parse_line(line)
 
 
@@ -425,7 +457,7 @@ def _whole_lines(path: Path, size: int) -> list[bytes]:
     """Lines with an end among the last ``size`` bytes of a file; the first may lack its start."""
     if not path.exists():
         return []
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(max(0, path.stat().st_size - size))
         # Not splitlines, for which a carriage return ends a line too.
         return [line + b"\n" for line in file.read().split(b"\n")[:-1]]
@@ -439,12 +471,13 @@ def spread_lines(path: Path, at_most: int) -> tuple[list[Record | None], int]:
     """
     if not path.exists():
         return [], 0
-    with path.open("rb") as file:
-        total = sum(line.endswith(b"\n") for line in file)
+    with open_regular(path) as file:
+        total = sum(line.endswith(b"\n") for line in read_lines(file))
     count = min(at_most, total)
     chosen = {i * (total - 1) // max(count - 1, 1) for i in range(count)}
-    with path.open("rb") as file:
-        return [parse_line(line) for i, line in enumerate(file) if i in chosen], total
+    with open_regular(path) as file:
+        lines = enumerate(read_lines(file))
+        return [parse_line(line) for i, line in lines if i in chosen], total
 
 
 @dataclass(frozen=True)
@@ -474,7 +507,7 @@ def rewind(run: RunDirectory, position: Position, into: RunDirectory | None = No
     for record in read_jsonl(run.events):
         if record is None:
             continue
-        if record.get("kind") in TRAJECTORY_EVENTS:
+        if of_trajectory(record):
             seen += 1
             if seen > position.events:
                 continue
@@ -491,11 +524,13 @@ def _keep_lines(source: Path, target: Path, count: int) -> int:
     """
     if not source.exists():
         return 0
-    with source.open("rb") as file, replacing(target) as copy:
+    with open_regular(source) as file, replacing(target) as copy:
         kept = 0
-        while kept < count and (line := file.readline()).endswith(b"\n"):
+        while kept < count and (line := file.readline(LONGEST_LINE)):
+            if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+                break
             copy.write(line)
-            kept += 1
+            kept += line.endswith(b"\n")
     return kept
 
 
@@ -543,6 +578,12 @@ def creating(path: Path, instead: str) -> Iterator[None]:
         ) from None
 
 
+def partial_name(path: Path) -> Path:
+    """Where to write what is then given the name ``path``: beside it, under a name that nobody can
+    have taken before, as with a link to another file. To be opened with mode x."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace a file in one step: readers see the old bytes or the new ones, also after a crash."""
     with replacing(path) as file:
@@ -552,10 +593,9 @@ def write_atomic(path: Path, content: bytes) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of ``path`` in one step, if nothing is raised."""
-    # Processes of several hosts may have the same number.
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    partial = partial_name(path)
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -611,7 +651,7 @@ def read_run(path: Path, metrics: bool = True) -> RunRecords:
     problems: list[str] = []
     return RunRecords(
         path=path,
-        config=_read_object(run.config, yaml.safe_load, problems),
+        config=_read_object(run.config, parse_config, problems),
         provenance=_read_object(run.provenance, json.loads, problems),
         plan=_read_object(run.plan, json.loads, problems),
         metrics=_read_lines(run.metrics, problems) if metrics else [],
@@ -620,22 +660,39 @@ def read_run(path: Path, metrics: bool = True) -> RunRecords:
     )
 
 
-# What the parsers of JSON and YAML raise for text that is neither.
-_UNREADABLE = (ValueError, LookupError, AttributeError, TypeError, RecursionError)
+LONGEST_LINE = 1 << 25
+"""Bytes of a line; the norms of ten thousand layers take a tenth of that."""
+_LARGEST = 1 << 28
+"""Bytes of a file with one object."""
+
+
+def parse_config(text: str) -> Any:
+    """What a configuration's text holds, for ``read_object``. Raises ConfigError."""
+    return parse_yaml(text, "config.yaml").data
 
 
 def _read_object(path: Path, parse: Callable[[str], Any], problems: list[str]) -> Record | None:
     try:
-        value = parse(path.read_text(encoding="utf-8"))
+        value = parse(read_text(path))
     except FileNotFoundError:
         problems.append(f"{path.name} is missing")
-    except (OSError, yaml.YAMLError, *_UNREADABLE) as error:
+    except (OSError, ValueError, RecursionError, ConfigError) as error:
         problems.append(f"{path.name} cannot be read: {type(error).__name__}")
     else:
         if isinstance(value, dict):
             return value
         problems.append(f"{path.name} is not a mapping")
     return None
+
+
+def read_text(path: Path, most: int = _LARGEST) -> str:
+    """A file of UTF-8 text. Raises OSError and ValueError, as what is no regular file or has more
+    than ``most`` bytes does."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"more than {most} bytes", str(path))
+        return file.read(size).decode()
 
 
 def read_object(path: Path, parse: Callable[[str], Any] = json.loads) -> Record | None:
@@ -647,7 +704,11 @@ def read_object(path: Path, parse: Callable[[str], Any] = json.loads) -> Record 
 def _read_lines(path: Path, problems: list[str]) -> list[Record]:
     if not path.exists():
         problems.append(f"{path.name} is missing")
-    records = list(read_jsonl(path))
+    try:
+        records = list(read_jsonl(path))
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read: {error.strerror}")
+        return []
     broken = sum(record is None for record in records)
     if broken:
         problems.append(f"{path.name}: {broken} of {len(records)} lines are broken and left out")

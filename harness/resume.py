@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from typing import TypeGuard
 
 from harness.config import dump_config
 from harness.errors import CheckpointError, RunDirectoryError
-from harness.records import TRAJECTORY_EVENTS, RunDirectory, read_jsonl, write_atomic
+from harness.records import RunDirectory, of_trajectory, read_jsonl, write_atomic
 from harness.schema import Config
-from harness.yamlfile import dump_yaml, parse_yaml, read_yaml
+from harness.yamlfile import dump_yaml, one_line, parse_yaml, read_yaml
 
 # Keys that do not change what is computed, only how and where; a resumed run may change them.
 _FREE = frozenset(
@@ -66,7 +67,9 @@ def check_same_settings(found: object, config: Config, name: str) -> None:
         mine = settled(config)
         changed = _changed(found, mine, found.keys() & mine.keys())
         if changed:
-            raise CheckpointError(f"{name}: it is of another configuration ({changed})")
+            raise CheckpointError(
+                f"{name}: it is of another configuration ({one_line(changed, 300)})"
+            )
 
 
 def _settled(data: object) -> dict[str, object]:
@@ -99,7 +102,7 @@ def has_finished(run: RunDirectory) -> bool:
     """Whether a run's last word on its trajectory is that it has ended."""
     last = None
     for event in read_jsonl(run.newest().events):
-        if event and event.get("kind") in TRAJECTORY_EVENTS:
+        if event and of_trajectory(event):
             last = event["kind"]
     return last == "end"
 
@@ -110,7 +113,7 @@ def ranks_of_late(run: RunDirectory) -> int:
     for event in read_jsonl(run.newest().events):
         if event and event.get("kind") in ("start", "resume", "stop"):
             named = event.get("ranks_wanted") or event.get("ranks")
-            ranks = named if isinstance(named, int) else ranks
+            ranks = named if _is_count(named) else ranks
     return ranks
 
 
@@ -120,8 +123,12 @@ def ranks_wanted(run: RunDirectory) -> int:
     for event in read_jsonl(run.newest().events):
         if event and event.get("kind") == "stop":
             named = event.get("ranks_wanted")
-            wanted = named if isinstance(named, int) else 0
+            wanted = named if _is_count(named) else 0
     return wanted
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 < value < 2**31
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, object]:

@@ -149,6 +149,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state, on any number of ranks; bitwise on the same number."""
+        _check_kinds(state)
         if state["dataset_size"] != self.clock.dataset_size:
             raise HarnessError(
                 f"the run was made on {state['dataset_size']} training samples, but data.dataset "
@@ -529,3 +530,24 @@ class Trainer:
                 news=news,
             )
         )
+
+
+_NUMBERS = (
+    *("samples_seen", "update", "dataset_size", "stage", "skipped_in_a_row", "train_seconds"),
+    *("left_out", "evaluated_at"),
+)
+
+
+def _check_kinds(state: dict[str, Any]) -> None:
+    """Raise TypeError for a state whose numbers are none: some are only met much later."""
+    window = Window.from_state(state["window"])
+    numbers = [state[name] for name in _NUMBERS]
+    numbers += [window.updates, window.samples, window.kept, window.loss_sum, window.bytes_sent]
+    numbers += window.seconds.values()
+    evaluation = state["evaluation"]
+    if evaluation is not None:
+        numbers += [value for name, value in evaluation.items() if name != "corrupt"]
+    if not all(type(value) in (int, float) for value in numbers):
+        raise TypeError("a number in it is none")
+    if not isinstance(window.latest, dict):
+        raise TypeError("its last line is no mapping")

@@ -8,8 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,13 @@ from harness.config import dump_config, load_config
 from harness.data.datasets import ImageData
 from harness.data.shared import load_shared
 from harness.elastic import LeftOut, Membership, Regroup
-from harness.errors import CheckpointError, PeerLost, RunDirectoryError, StoppedEarly
+from harness.errors import (
+    CheckpointError,
+    HarnessError,
+    PeerLost,
+    RunDirectoryError,
+    StoppedEarly,
+)
 from harness.evaluate import Evaluation
 from harness.journal import Journal
 from harness.last_words import leave_at_once, leave_last_words
@@ -40,6 +46,7 @@ from harness.records import (
     RunLock,
     furthest,
     read_jsonl,
+    read_text,
     write_atomic,
     write_json,
 )
@@ -51,6 +58,7 @@ from harness.syncbn import convert
 from harness.tensorboard import Scalars, check_installed, open_scalars
 from harness.tracing import next_timeline
 from harness.trainer import Trainer
+from harness.yamlfile import one_line
 
 
 @dataclass
@@ -165,19 +173,8 @@ def _run(
                 lock.discard()  # no run has begun
             raise
         pulse.at("reading what the run goes on from")
-        resumed = _resume(config, run, comm, held) if resume else _Resumed()
-        attempt = together(
-            comm, lambda: _begin(config, run, resumed, resume, held) if comm.rank == 0 else None
-        )
-        if comm.rank == 0 and environment.failure_dir() is None and membership is None:
-            stop.clear()  # else who has started the ranks has done so before
-        if attempt is not None:
-            run = attempt.run
-        keep = config.train.keep_checkpoints
-        scalars = together(
-            comm, lambda: None if attempt is None else _scalars(config, attempt, resumed)
-        )
-        journal = Journal(run, comm.rank == 0, keep, resumed.position, scalars, attempt)
+        resumed = _resume(config, run, comm, model, held) if resume else _Resumed()
+        journal = Journal(run, comm.rank == 0, config.train.keep_checkpoints, resumed.position)
         held.callback(journal.close)
         display = _display(comm)
         held.callback(display.close)
@@ -199,14 +196,20 @@ def _run(
             membership,
         )
         if resumed.state is not None:
-            state = resumed.state
-            together(comm, lambda: _load(trainer, state, resumed.name))
+            together(comm, lambda: _restore(trainer, resumed))
+        # Only now is it certain that the run goes on from there.
+        attempt = together(
+            comm,
+            lambda: _begin(config, run, resumed, resume, journal, held) if comm.rank == 0 else None,
+        )
+        if comm.rank == 0 and environment.failure_dir() is None and membership is None:
+            stop.clear()  # else who has started the ranks has done so before
         if attempt is not None:
             if membership is not None and membership.lost_at is not None:
                 said = {"reason": membership.reason, "rank": None, "host": None}
                 journal.event("fault", trainer.clock.updates, time=membership.lost_at, **said)
             with attempt.writing():
-                _introduce(config, run, comm, trainer, journal, resumed, display)
+                _introduce(config, attempt.run, comm, trainer, journal, resumed, display)
             if tuned is not None:
                 journal.event("autotune", trainer.clock.updates, **tuned.as_dict())
             if membership is not None and membership.reason is not None:
@@ -242,9 +245,15 @@ def _take(config: Config, run: RunDirectory, lock: RunLock, resume: bool) -> Non
 
 
 def _begin(
-    config: Config, run: RunDirectory, resumed: _Resumed, resume: bool, held: ExitStack
+    config: Config,
+    run: RunDirectory,
+    resumed: _Resumed,
+    resume: bool,
+    journal: Journal,
+    held: ExitStack,
 ) -> Attempt:
-    """Rank 0: take over what the checkpoint knows of, and be the newest attempt from here on."""
+    """Rank 0: take over what the checkpoint knows of, be the newest attempt from here on, and open
+    its journal."""
     draft = resumed.draft
     if draft is None:
         draft = Draft(run, fresh=not resume, before=environment.attempts_before())
@@ -256,7 +265,9 @@ def _begin(
             keep_choices(config, draft.run)
         else:
             write_atomic(draft.run.config, dump_config(config).encode())
-    return draft.commit()
+    attempt = draft.commit()
+    journal.open(attempt, _scalars(config, attempt, resumed))
+    return attempt
 
 
 def _scalars(config: Config, attempt: Attempt, resumed: _Resumed) -> Scalars | None:
@@ -267,23 +278,29 @@ def _scalars(config: Config, attempt: Attempt, resumed: _Resumed) -> Scalars | N
         return scalars
 
 
-def _resume(config: Config, run: RunDirectory, comm: Communicator, held: ExitStack) -> _Resumed:
+def _resume(
+    config: Config, run: RunDirectory, comm: Communicator, model: nn.Module, held: ExitStack
+) -> _Resumed:
     """The newest valid checkpoint, read by rank 0 and given to all, so that all have the same."""
-    resumed = together(comm, lambda: _find(config, run, held) if comm.rank == 0 else _Resumed())
+    resumed = together(
+        comm, lambda: _find(config, run, model, held) if comm.rank == 0 else _Resumed()
+    )
     resumed.content = broadcast_bytes(comm, resumed.content if comm.rank == 0 else None, "resume")
     if resumed.content:
-        resumed.state = together(
-            comm, lambda: checkpoint.load_state(resumed.content, resumed.name or "checkpoint")
-        )
+        name = resumed.name or "checkpoint"
+        resumed.state = together(comm, lambda: checkpoint.load_state(resumed.content, name))
         resumed.content = b""  # not held in memory for the length of the run
     return resumed
 
 
-def _find(config: Config, run: RunDirectory, held: ExitStack) -> _Resumed:
+def _find(config: Config, run: RunDirectory, model: nn.Module, held: ExitStack) -> _Resumed:
     """Rank 0: what the next attempt is to begin from, in a folder of its own already."""
 
     def check(content: bytes, name: str) -> None:
-        check_same_settings(checkpoint.load_state(content, name).get("settings"), config, name)
+        state = checkpoint.load_state(content, name)
+        with _fitting(name):
+            check_same_settings(state.get("settings"), config, name)
+            checkpoint.check_fits(state, model, name)
 
     draft = Draft(run, before=environment.attempts_before())
     held.callback(draft.discard)
@@ -300,11 +317,26 @@ def _find(config: Config, run: RunDirectory, held: ExitStack) -> _Resumed:
     return resumed
 
 
-def _load(trainer: Trainer, state: checkpoint.State, name: str) -> None:
+def _restore(trainer: Trainer, resumed: _Resumed) -> None:
+    assert resumed.state is not None  # noqa: S101 - for the type checker
+    with _fitting(resumed.name or "checkpoint"):
+        trainer.load_state_dict(resumed.state)
+
+
+@contextmanager
+def _fitting(name: str) -> Iterator[None]:
+    """Around what takes a checkpoint's values for what they should be: raises CheckpointError for
+    whatever comes of keys and types that are not as they were saved."""
     try:
-        trainer.load_state_dict(state)
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{name}: does not fit this run: {error}") from error
+        yield
+    except HarnessError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{name}: it is not of this configuration and version "
+            f"({type(error).__name__}: {one_line(str(error), 300)}); resume with what it was made "
+            "with, or start anew in another --run-dir"
+        ) from None
 
 
 def _start_timeline(run: RunDirectory, comm: Communicator, display: Display) -> None:
@@ -365,8 +397,10 @@ def _introduce(
     attempts = sum(1 for r in read_jsonl(run.events) if r and r.get("kind") in ("start", "resume"))
     provenance = collect(comm)
     if run.provenance.exists():
-        with suppress(ValueError, AttributeError):  # a broken one is written anew
-            first = json.loads(run.provenance.read_text(encoding="utf-8"))
+        with suppress(
+            OSError, ValueError, AttributeError, TypeError, RecursionError
+        ):  # written anew
+            first = json.loads(read_text(run.provenance))
             provenance = {**first, "attempts": [*first.get("attempts", []), provenance]}
     write_json(run.provenance, provenance)
     if not run.plan.exists():

@@ -20,12 +20,14 @@ from harness.errors import LaunchError
 from harness.processes import descendants, killed_for_memory
 from harness.progress import Display, parse_relayed
 from harness.records import RunDirectory
+from harness.redact import is_secret
 from launch.deaths import rank_tag
 from launch.hangs import HangWatch
 from launch.outcome import Ended
 from launch.spec import LaunchSpec
 
 _TIED = str(Path(__file__).with_name("tied.py"))
+_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 _GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 _LAST_LINES = 200  # of the launcher's own, by which its end is judged
 
@@ -35,7 +37,14 @@ def child_environment(spec: LaunchSpec) -> dict[str, str]:
     mpirun and horovodrun lie there in a virtual environment that nobody has activated."""
     here = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", os.defpath)
-    return {**os.environ, "PATH": f"{here}{os.pathsep}{path}", **spec.environment}
+    # horovodrun writes all names into a line that a shell reads, and without MPI all values too,
+    # on this host and on others, where everybody may read the command lines of processes.
+    told = {
+        name: value
+        for name, value in os.environ.items()
+        if _NAME.fullmatch(name) and not (spec.controller == "gloo" and is_secret(name))
+    }
+    return {**told, "PATH": f"{here}{os.pathsep}{path}", **spec.environment}
 
 
 def execute(
@@ -56,7 +65,7 @@ def execute(
     watch = None if hang_seconds is None else HangWatch(hang_seconds, spec, launcher, directory)
     killed_before = killed_for_memory()
     with _Log(directory.launch_log) as log:
-        log.write(f"$ {spec.as_shell_command(argv)}\n")
+        log.write(f"$ {spec.as_log_line(argv)}\n")
         process = _start(argv, spec)
         beside: AbstractContextManager[None] = nullcontext()
         if watch is not None:
@@ -64,6 +73,8 @@ def execute(
         with stopper.watching(process, display), beside:
             own_words = _pump(process, display, log, rank_tag(launcher, spec.mpi), watch)
             code = process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
             kill_group(process)  # ranks that outlived their launcher
     killed = killed_for_memory() - killed_before
     return Ended(code, own_words, watch.hang if watch else None, killed)

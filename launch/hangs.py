@@ -26,7 +26,7 @@ from typing import Any
 from harness.errors import HarnessError
 from harness.processes import STATES, Look, Process, descendants, look
 from harness.pulse import MARK, MEETING, Silence, tick_of
-from harness.records import RunDirectory
+from harness.records import RunDirectory, open_regular
 from harness.wording import counted
 from launch.preflight import over_ssh, ssh
 from launch.spec import LaunchSpec
@@ -440,7 +440,9 @@ def _stopped(launcher: int, ranks: Set[int]) -> tuple[str, ...]:
 def _account(rank: Stuck, path: Path) -> str:
     """What there is to tell of a rank that has not written its stacks, or did before and then fell
     silent."""
-    earlier = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    earlier = ""
+    with suppress(OSError), open_regular(path) as file:
+        earlier = file.read().decode(errors="replace")
     lines = [str(rank)]
     if rank.told is not None:
         lines.append(f"last heard while {rank.told.place}")

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, Literal
 
 from harness.errors import HarnessError, StoppedEarly, StorageError, Superseded, UsageError
-from harness.records import RunDirectory
+from harness.records import RunDirectory, read_object
 from harness.resume import has_finished, ranks_wanted
 from launch import elastic
 from launch.deaths import Death, first_death, lost_host
 from launch.hangs import Hang
 from launch.spec import LaunchSpec
+
+_NOTE = {
+    "rank": (int,),
+    "host": (str,),
+    "exit_code": (int,),
+    "message": (str,),
+    "consequence": (bool,),
+    "final": (bool,),
+    "traceback": (str, NoneType),
+}
+"""What ``harness.last_words`` leaves. A file that lacks any of it is somebody else's."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +113,9 @@ def _last_words(directory: RunDirectory) -> Iterator[dict[str, Any]]:
 def _notes(directory: RunDirectory) -> Iterator[dict[str, Any]]:
     """What ranks have left, also of those who noticed that another was gone."""
     for path in directory.failures.glob("rank-*.json"):
-        try:
-            note = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        yield note
+        note = read_object(path)
+        if note is not None and all(type(note.get(key)) in kinds for key, kinds in _NOTE.items()):
+            yield note
 
 
 def _by_its_words(note: dict[str, Any], spec: LaunchSpec, directory: RunDirectory) -> Outcome:
@@ -120,7 +129,7 @@ def _by_its_words(note: dict[str, Any], spec: LaunchSpec, directory: RunDirector
         message += f" (traceback in {trace})"
     host = spec.host_of(note["rank"])
     # What keeps a run from beginning is nothing that passes by itself.
-    final = note.get("final", False) or not directory.newest().config.exists()
+    final = note["final"] or not directory.newest().config.exists()
     own = note["exit_code"] in {kind.exit_code for kind in _TOLD_BY_CODE}
     code = note["exit_code"] if own else HarnessError.exit_code
     return Outcome("failed", message, note["rank"], host, final, code)

@@ -45,6 +45,7 @@ from harness.records import (
     furthest,
     newest_number,
     now,
+    numbered,
     storage_error,
     storing,
     write_atomic,
@@ -294,7 +295,7 @@ class Supervisor:
                 f"{self._directory.path}: this launch ends, as {holder(newest)} has taken the run "
                 "over"
             )
-        fresh = newest.place is not None and int(newest.place.name) > self._before
+        fresh = newest.place is not None and numbered(newest.place.name) > self._before
         return newest if fresh else None
 
     def _grown(self) -> int:

@@ -68,7 +68,8 @@ class Writer:
         finally:
             draft.discard()
         yield "commit"
-        journal = Journal(self.attempt.run, True, KEEP, position, None, self.attempt)
+        journal = Journal(self.attempt.run, True, KEEP, position)
+        journal.open(self.attempt)
         try:
             for number in range(update + 1, update + self.updates + 1):
                 journal.event("stage", number, by=self.name)

@@ -87,7 +87,9 @@ def line(samples: int, **more: Any) -> Record:
 
 
 def journal(run: RunDirectory, position: Position, samples: int = 0) -> Journal:
-    return Journal(run, True, 3, position, open_scalars(True, run, samples))
+    writing = Journal(run, True, 3, position)
+    writing.open(scalars=open_scalars(True, run, samples))
+    return writing
 
 
 # The format
