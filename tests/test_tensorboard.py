@@ -41,8 +41,9 @@ def points(run: Path) -> Points:
     found = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     found.Reload()
     return {
-        tag: [(event.step, event.value) for event in found.Scalars(tag)]
+        tag: [(event.step, event.value) for event in scalars]
         for tag in found.Tags()["scalars"]
+        if (scalars := found.Scalars(tag))  # a tag outlives its points
     }
 
 
