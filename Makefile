@@ -5,6 +5,8 @@ VENV := $(CURDIR)/.venv
 # Where no MPI is installed the set-up puts one into the environment.
 export PATH := $(VENV)/bin:$(PATH)
 ARGS ?=
+# How much longer `make fuzz` is than the fuzz tests of `make test`.
+TIMES ?= 20
 # Test processes side by side.
 JOBS ?= 2
 WHICH := -m "not long"
@@ -14,7 +16,7 @@ NONE := $(if $(ARGS),|| [ $$$$? = 5 ])
 SOURCES := harness launch tests benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-fast lint clean
+.PHONY: help setup demo test test-all test-fast faults fuzz audit sbom lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,11 +40,26 @@ test-all: setup ## the longest too
 test-fast: setup ## the tests that take a few seconds at most
 	@OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n $(JOBS) $(ARGS)
 
+faults: setup ## the fault matrix (docs/reliability.md); ARGS="--quick" for some rows
+	@PYTHONPATH=tests $(VENV)/bin/python -m faults matrix $(ARGS)
+
+fuzz: setup ## the fuzz tests, TIMES=20 as long and with new examples each time
+	@HARNESS_FUZZ=$(TIMES) OMP_NUM_THREADS=1 $(PYTEST) --timeout 36000 -n $(JOBS) $(ARGS) \
+		tests/test_fuzz_*.py
+
+audit: setup ## known vulnerabilities of what is installed; asks PyPI's and OSV's databases
+	$(VENV)/bin/python -m venv .audit
+	.audit/bin/python -m pip install --quiet pip-audit
+	.audit/bin/pip-audit --path $(wildcard $(VENV)/lib/python3*/site-packages) $(ARGS)
+
+sbom: setup ## docs/sbom.cdx.json, the bill of materials of what is installed
+	$(VENV)/bin/python -m launch.bootstrap.sbom > docs/sbom.cdx.json
+
 lint: setup ## ruff and mypy
 	$(VENV)/bin/ruff check $(SOURCES)
 	$(VENV)/bin/ruff format --check $(SOURCES)
 	$(VENV)/bin/mypy
 
 clean: ## remove .venv and what tools left; the cached wheel and runs/ stay
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .audit build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from harness.errors import DataError
-from harness.records import write_json
+from harness.lenient import LARGEST
+from harness.records import read_text, write_json
 
 FORMAT = 1
 NAME = "bench.json"
@@ -140,7 +141,7 @@ def read_bench(path: Path) -> Bench:
     """
     file = path / NAME if path.is_dir() else path
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
     except OSError as error:
         raise DataError(
             f"{file}: cannot be read: {error.strerror}; give a directory that harness bench has "
@@ -185,7 +186,8 @@ class _Object:
     def number(self, key: str, least: float = 0.0, most: float = 1e30, zero: bool = False) -> float:
         value = self.value.get(key)
         known = isinstance(value, int | float) and not isinstance(value, bool)
-        number = float(value) if known and value is not None else math.nan
+        # An integer may be larger than any float.
+        number = float(value) if known and value is not None and abs(value) < LARGEST else math.nan
         if not (least <= number <= most) or (number == 0 and not zero):
             valid = "" if least < 0 else ", 0 or more" if zero else ", more than 0"
             raise self.refuse(key, f"a number{valid}, at most {most:g}")

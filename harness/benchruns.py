@@ -13,7 +13,7 @@ from statistics import median
 from harness.benchfile import WINDOWS, Repeat
 from harness.benchstats import Warmup, find_warmup
 from harness.errors import HarnessError
-from harness.records import RunDirectory, read_jsonl, write_atomic
+from harness.records import RunDirectory, open_regular, read_jsonl, write_atomic
 
 _LEAST_WINDOWS = 2
 COLUMNS = ("point", "repeat", "window", "updates", "images", "seconds", "warmup")
@@ -98,9 +98,11 @@ def keep_windows(directory: Path, finished: Collection[tuple[str, int]]) -> None
     path = directory / WINDOWS
     rows: list[list[str]] = []
     if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS)][1:]
-    kept = [row for row in rows if row[1].isdigit() and (row[0], int(row[1])) in finished]
+        with open_regular(path) as file:
+            text = file.read().decode(errors="replace")
+        rows = [line.split(",") for line in text.split("\n")][1:]
+    wanted = {(point, str(repeat)) for point, repeat in finished}
+    kept = [row for row in rows if len(row) == len(COLUMNS) and (row[0], row[1]) in wanted]
     write_atomic(path, _csv([COLUMNS, *kept]))
 
 

@@ -89,6 +89,35 @@ def _is_integer(buffer: Tensor) -> bool:
     return not (buffer.is_floating_point() or buffer.is_complex())
 
 
+class BuffersBefore:
+    """A rank's buffers as they were before the update at hand.
+
+    An update whose gradient is not finite is thrown away on all ranks, but the forward pass that
+    met an inf or NaN has put it into batch norm's running statistics, where it would stay for ever.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = [buffer for buffer in model.buffers() if buffer.numel()]
+        self._kept = [buffer.detach().clone() for buffer in self._buffers]
+
+    def keep(self) -> None:
+        """An update begins."""
+        if self._buffers:
+            torch._foreach_copy_(self._kept, self._buffers)
+
+    def restore_if_poisoned(self) -> bool:
+        """It is thrown away: bring back what was if it has left an inf or NaN on this rank; whether
+        it has."""
+        # An attention mask, say, holds an inf from the beginning.
+        if not any(
+            bool((torch.isfinite(kept) & ~torch.isfinite(buffer)).any())
+            for buffer, kept in zip(self._buffers, self._kept, strict=True)
+        ):
+            return False
+        torch._foreach_copy_(self._buffers, self._kept)
+        return True
+
+
 def gather_residuals(residuals: Sequence[Tensor], comm: Communicator) -> Tensor | None:
     """All ranks' residuals of error feedback, float32 (ranks, elements), on every rank; None if
     there are none. A collective call."""

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from harness.errors import HarnessError, UsageError
+from harness.errors import HarnessError, UsageError, told
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -24,7 +24,8 @@ _OVERRIDES = "settings laid over the file, such as batch.initial=128"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code (0 done, 1 failed, 2 bad usage, 75 stopped early)."""
+    """Entry point; returns the exit code (0 done, 1 failed, 2 bad usage, 74 run directory not
+    writable, 75 stopped early, 76 superseded)."""
     options = _parse(arguments)
     if sys.stdout is None:  # closed by the caller, as in `harness plan … >&-`
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as we live
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except HarnessError as error:
-        print(f"harness: {error}", file=sys.stderr)
+        print(f"harness: {told(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # its text says what and where: disk full, no permission
-        print(f"harness: {error}", file=sys.stderr)
+        print(f"harness: {told(error)}", file=sys.stderr)
         return 1
 
 
@@ -56,6 +57,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         from launch.slurm import split_words
 
         words, of_sbatch = split_words(words, OPTIONS)
+    for word in words:
+        if word.startswith("--") and word.endswith("=--"):  # which argparse takes for no value
+            parser.error(f"{word}: -- is no value")
     options, rest = parser.parse_known_args(words)
     if of_sbatch:
         options.sbatch = of_sbatch
@@ -379,9 +383,17 @@ def _watch(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from harness.stop import StopRequest
+
+    stop = StopRequest()
+    stop.listen()  # before the imports, which take seconds
+    from harness import pulse
+    from harness.records import RunDirectory
+
+    pulse.start(RunDirectory(options.run_dir).stacks)
     from harness.worker import train
 
-    return train(options.config_path, options.overrides, options.run_dir, options.resume)
+    return train(options.config_path, options.overrides, options.run_dir, options.resume, stop)
 
 
 def _report(options: argparse.Namespace) -> int:

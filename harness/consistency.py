@@ -31,6 +31,10 @@ class Divergence(HarnessError):  # noqa: N818 - an event of the job, named as th
     """The ranks' weights or optimizer states are no longer equal."""
 
 
+class Diverged(HarnessError):  # noqa: N818 - an event of the job, named as the field names it
+    """The weights are no longer numbers."""
+
+
 def digest(model: nn.Module) -> Tensor:
     """One number per parameter, int64 (parameters), in the model's order, on the first parameter's
     device. Buffers are left out: batch norm's statistics are each rank's own."""
@@ -74,6 +78,25 @@ def check_equal(
             "hosts of these ranks (provenance.json), and in a model or optimizer of your own for "
             "anything that changes weights on one rank only"
         )
+
+
+def check_finite(model: nn.Module, optimizer: Optimizer, update: int) -> None:
+    """Raise Diverged if a trained weight or its optimizer's state is inf or NaN: from a checkpoint
+    with that no run could go on. The same on all ranks, as their weights are."""
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    named = [(name, [parameter.detach()]) for name, parameter in trained]
+    named += [
+        (f"the optimizer's state of {name}", list(optimizer.state.get(parameter, {}).values()))
+        for name, parameter in trained
+    ]
+    for name, values in named:
+        tensors = (value for value in values if isinstance(value, Tensor))
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            raise Diverged(
+                f"after update {update} there is an inf or NaN in {name}, so no checkpoint was "
+                "written of it; the newest one is from before. The run has diverged: go on from "
+                "there with a lower lr.base, or warm up for longer"
+            )
 
 
 def _numbers(model: nn.Module, optimizer: Optimizer | None) -> tuple[list[str], Tensor]:

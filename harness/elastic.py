@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from harness import environment
+from harness import environment, pulse
 from harness.comm.base import Communicator, allgather_bytes, allreduce, broadcast_bytes
 from harness.comm.together import together
 from harness.errors import LaunchError, PeerLost, RankFailure
@@ -105,7 +105,7 @@ class Membership:
         self._compare_hosts(comm)
         if first and self._lost_one:
             self._set_failures_aside()
-        flags = [self._worlds > 0, first and run.config.exists(), first and resume]
+        flags = [self._worlds > 0, first and run.newest().config.exists(), first and resume]
         begun, there, asked = allreduce(comm, torch.tensor(flags).float(), "elastic.begun").tolist()
         return bool(asked or (begun and there))
 
@@ -141,11 +141,14 @@ class Membership:
         self.reason, self._lost_one = reason.partition(". ")[0], lost_one
         self.lost_at = now() if lost_one else None
         self._news.clear()  # what comes from here on is not in the place that the driver gives
-        answer = _ask_store("GET", f"/rank_and_size/{environment.elastic_slot()}")
+        pulse.at("waiting for a place among the ranks")
+        with pulse.patient(_PLACE_PATIENCE):
+            answer = _ask_store("GET", f"/rank_and_size/{environment.elastic_slot()}")
         numbers = [int(word) for word in (answer or b"-1").split(b",")]
         if numbers[0] < 0:
             raise LeftOut(f"{environment.elastic_slot()} has no place in the next world")
         environment.take_place(numbers)
+        pulse.tell_again()
 
     def _compare_hosts(self, comm: Communicator) -> None:
         """Note the hosts of this world, and which of the last one's a lost rank has cost: others

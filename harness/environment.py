@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import socket
 import time
 from collections.abc import Sequence
@@ -20,13 +22,20 @@ GROW = "HARNESS_GROW"
 """The most ranks that someone can start next, so stop with code 75 when as many are wanted; 0: this
 launch goes on to the end."""
 LAUNCHED_AT = "HARNESS_LAUNCHED_AT"
-"""When the ranks were started, in seconds since the epoch: what a start costs is measured by it."""
+"""When the ranks were started, as ``moment`` tells it: what a start costs is measured by it."""
+ENDED_AT = "HARNESS_ENDED_AT"
+"""When this launching process's last ranks had ended, as ``moment`` tells it."""
+ATTEMPTS_BEFORE = "HARNESS_ATTEMPTS_BEFORE"
+"""The newest attempt at the run when the launching process began: ranks that find one since then
+which is not of its launches have been superseded before they begin."""
 RANKS_PER_GPU = "HARNESS_RANKS_PER_GPU"
 """How many ranks share a GPU."""
 MPS = "HARNESS_MPS"
 """``1``: start CUDA's MPS on each host."""
 MEASURE = "HARNESS_MEASURE"
 """Seconds of steady updates after which a run stops by itself, for `harness bench`."""
+HANG = "HARNESS_HANG_SECONDS"
+"""Seconds without a sign of any rank after which the launching process ends the job."""
 LAUNCHER = "HARNESS_LAUNCHER"
 """What started them, for the provenance."""
 ELASTIC = "HARNESS_ELASTIC"
@@ -58,15 +67,21 @@ _PLACE = (
 )
 _OF_MPI = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 
+_LOADED = time.monotonic()
+
 FORWARDED = ("HOROVOD_", "NCCL_", "GLOO_", "MASTER_ADDR", "MASTER_PORT")
 """Beginnings of the variables by which a user sets up the communication; mpirun takes only those to
 other hosts that it is told of, and ranks with different ones wait for each other for ever."""
 
 
+_NUMBER = re.compile("[0-9]{1,9}")
+_JOB = re.compile("[0-9]{1,18}")
+
+
 def _first(names: tuple[str, ...]) -> int | None:
     for name in names:
         value = os.environ.get(name, "")
-        if value.isdigit():
+        if _NUMBER.fullmatch(value):
             return int(value)
     return None
 
@@ -124,10 +139,15 @@ def horovodrun_store() -> tuple[str, int] | None:
     return (address, port) if address and port else None
 
 
+def gloo_interface() -> str | None:
+    """The network interface that horovodrun has chosen for its Gloo ranks."""
+    return os.environ.get("HOROVOD_GLOO_IFACE")
+
+
 def elastic_bounds() -> tuple[int, int] | None:
     """The least and the most ranks of an elastic world; None if the world does not change."""
     least, colon, most = os.environ.get(ELASTIC, "").partition(":")
-    if not (colon and least.isdigit() and most.isdigit()):
+    if not (colon and _NUMBER.fullmatch(least) and _NUMBER.fullmatch(most)):
         return None
     return int(least), int(most)
 
@@ -190,18 +210,56 @@ def growth_limit() -> int:
     return _first((GROW,)) or 0
 
 
-def seconds_since_launch() -> float | None:
-    """How long ago the ranks were started, by the clock on the wall; None if nobody said when."""
+def moment() -> str:
+    """This moment, in a form from which another process can tell how long ago it was."""
+    return f"{_boot()},{time.monotonic():.3f},{time.time():.3f}"
+
+
+def seconds_since(moment: str) -> float | None:
+    """How long ago that was; None if it cannot be told.
+
+    On the machine where it was, by the clock that nobody sets. On another one there is only the
+    clock on the wall, which may have been set or be wrong: what it says is taken for no less than
+    this process's life and no more than ten minutes longer, else for nothing.
+    """
     try:
-        return max(0.0, time.time() - float(os.environ[LAUNCHED_AT]))
-    except (KeyError, ValueError):
+        boot, ticks, wall = moment.split(",")
+        if boot == _boot():
+            seconds = time.monotonic() - float(ticks)
+            return max(0.0, seconds) if math.isfinite(seconds) else None
+        seconds, lived = time.time() - float(wall), time.monotonic() - _LOADED
+    except ValueError:
         return None
+    return seconds if lived <= seconds <= lived + 600.0 else None
+
+
+def _boot() -> str:
+    """Names this start of this machine, within which its clock that nobody sets counts on."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return "unknown-" + socket.gethostname()
+
+
+def attempts_before() -> int | None:
+    return _first((ATTEMPTS_BEFORE,))
+
+
+def seconds_since_launch() -> float | None:
+    """How long ago the ranks were started; None if that is not known."""
+    return seconds_since(os.environ.get(LAUNCHED_AT, ""))
+
+
+def seconds_since_end() -> float | None:
+    """How long ago the launch before this one ended; None if there was none, or it is not known."""
+    return seconds_since(os.environ.get(ENDED_AT, ""))
 
 
 def launched_now() -> None:
     """Measure by this moment what the next start takes, if it is measured at all."""
+    os.environ.pop(ENDED_AT, None)
     if LAUNCHED_AT in os.environ:
-        os.environ[LAUNCHED_AT] = str(time.time())
+        os.environ[LAUNCHED_AT] = moment()
 
 
 def ranks_per_gpu() -> int:
@@ -210,8 +268,28 @@ def ranks_per_gpu() -> int:
 
 def seconds_to_measure() -> float | None:
     """After how many seconds of steady updates this run is to stop; None: it goes on to its end."""
-    value = os.environ.get(MEASURE)
-    return float(value) if value else None
+    return _seconds(MEASURE)
+
+
+def hang_seconds() -> float | None:
+    """After how long a silence of all ranks the launching process ends the job; None: never."""
+    return _seconds(HANG)
+
+
+def _seconds(name: str) -> float | None:
+    try:
+        seconds = float(os.environ.get(name, ""))
+    except ValueError:
+        return None
+    return seconds if 0 < seconds < math.inf else None
+
+
+def slurm_step() -> str | None:
+    """The job step that this rank belongs to, as scancel takes it; None if srun has not started
+    it."""
+    numbers = [os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")]
+    started = launcher() == "srun" and all(map(_JOB.fullmatch, numbers))
+    return ".".join(numbers) if started else None
 
 
 def wants_mps() -> bool:

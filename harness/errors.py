@@ -10,7 +10,9 @@ HarnessError             exit code 1
   CheckpointError        no checkpoint can be read, or one does not fit this model
   RankFailure            a rank died, or the ranks do not form the world that was promised
     PeerLost             the same seen from another rank: a consequence, not the cause
+  StorageError           exit code 74: the run directory cannot be written while the run goes on
   StoppedEarly           exit code 75: stopped on request, with a checkpoint; run again to go on
+  Superseded             exit code 76: a newer attempt has taken the run over; this one ends
 """
 
 from __future__ import annotations
@@ -22,6 +24,11 @@ class HarnessError(Exception):
     """Base of every error that is reported as one message without a traceback."""
 
     exit_code: ClassVar[int] = 1
+
+
+def told(error: Exception) -> str:
+    """An error's message for a terminal, on which nothing that a file has put into it can draw."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(error))
 
 
 class UsageError(HarnessError):
@@ -60,5 +67,13 @@ class PeerLost(RankFailure):
     pass
 
 
+class StorageError(HarnessError):
+    exit_code = 74
+
+
 class StoppedEarly(HarnessError):  # noqa: N818
     exit_code = 75
+
+
+class Superseded(HarnessError):  # noqa: N818 - what has happened to this attempt
+    exit_code = 76

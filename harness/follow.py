@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from harness.records import Record, parse_line
+from harness.records import Record, open_regular, parse_line
 
 _WHOLE = 2**21
 """Bytes up to which a file is read from its start."""
@@ -43,7 +43,7 @@ class Follower:
         self.broken = 0
         """Lines that are no JSON object."""
         self.changed: float | None = None
-        """When the file was written to last, in seconds since the epoch."""
+        """When the file was written to last, in seconds since the epoch, by its server's clock."""
 
     def read(self) -> tuple[bool, list[Record]]:
         """Whether all that was read before is void, and the records that are new.
@@ -52,7 +52,7 @@ class Follower:
         be read has no records.
         """
         try:
-            with self._path.open("rb", buffering=0) as file:
+            with open_regular(self._path) as file:
                 return self._read(file.fileno())
         except OSError:
             anew, self._identity, self.changed = self._identity is not None, None, None

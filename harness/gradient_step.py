@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from harness.autotune import Tuned
+from harness.buffers import BuffersBefore
 from harness.comm.base import Communicator
 from harness.data.datasets import Batch, ImageData
 from harness.data.feed import Feed
@@ -84,6 +85,7 @@ class GradientStep:
             settings.summation,
         )
         self.optimizer = build_optimizer(model, config)
+        self._before = BuffersBefore(model)
         nothing = torch.empty(0, *data.shape, device=comm.device)
         self._nothing = Batch(nothing, nothing.new_empty(0, dtype=torch.int64))
 
@@ -112,6 +114,7 @@ class GradientStep:
 
         ``following``: see `Feed.update`; ``stop_asked``: called when this rank's part is done.
         """
+        self._before.keep()
         loss_sum, corrupt = self._accumulate(seen, size, following)
         extras = [loss_sum, float(stop_asked()), float(len(corrupt))]
         self._phases.mark("other")
@@ -129,6 +132,7 @@ class GradientStep:
         reduced, scale = gradient.reduced, self.precision.scale
         lowered = self.precision.adapt(reduced.finite)
         if reduced.problem is not None:
+            self._before.restore_if_poisoned()
             excuse = f"; fp16's loss scale was {scale:g}" if lowered else ""
             return f"{reduced.problem}{excuse}", lowered
         set_rates(self.optimizer, rates.lr, rates.momentum)

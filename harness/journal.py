@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from harness import checkpoint
-from harness.records import TRAJECTORY_EVENTS, JsonlWriter, Position, RunDirectory, now
+from harness.attempts import Attempt
+from harness.records import TRAJECTORY_EVENTS, JsonlWriter, Position, RunDirectory, now, storing
 from harness.tensorboard import Scalars
 
 
@@ -14,56 +17,89 @@ class Journal:
     """The records of a run while it goes on; on ranks other than 0 every method does nothing."""
 
     def __init__(
-        self,
-        run: RunDirectory,
-        writes: bool,
-        keep_checkpoints: int,
-        position: Position,
-        scalars: Scalars | None = None,
+        self, run: RunDirectory, writes: bool, keep_checkpoints: int, position: Position
     ) -> None:
-        """``position``: how much of the records is there already, for a run that goes on;
-        ``scalars``: a copy for TensorBoard, closed with the journal."""
+        """``position``: how much of the records is there already, for a run that goes on.
+
+        Nothing is opened or created before ``open``: until then the run is as it was.
+        """
         self.run = run
-        self._keep = keep_checkpoints
+        self._attempt: Attempt | None = None
+        self._writes, self._keep = writes, keep_checkpoints
         self._lines, self._trajectory = position.metrics, position.events
         self._layer_lines = position.layers
-        self._metrics = JsonlWriter(run.metrics) if writes else None
-        self._events = JsonlWriter(run.events) if writes else None
-        self._layers: JsonlWriter | None = None  # few runs have it
+        self._opened: dict[Path, JsonlWriter] = {}
+        self._scalars: Scalars | None = None
+
+    def open(self, attempt: Attempt | None = None, scalars: Scalars | None = None) -> None:
+        """Create the files that every run has.
+
+        ``attempt``: who writes, into its own folder, and is looked after by each method: Superseded
+        if there is a newer one. ``scalars``: a copy for TensorBoard, closed with the journal.
+
+        Raises StorageError, as all methods do, where nothing can be written.
+        """
+        if attempt is not None:
+            self.run, self._attempt = attempt.run, attempt
         self._scalars = scalars
+        if self._writes:
+            with self._writing():
+                self._writer(self.run.metrics)
+                self._writer(self.run.events)
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return storing(self.run.path) if self._attempt is None else self._attempt.writing()
+
+    def _writer(self, path: Path) -> JsonlWriter:
+        """Of one file, which its first line creates."""
+        if path not in self._opened:
+            self._opened[path] = JsonlWriter(path)
+        return self._opened[path]
 
     def event(self, kind: str, update: int, **fields: Any) -> None:
         """Append a line to events.jsonl. ``update``: the last one that it depends on."""
-        if self._events is not None:
+        if not self._writes:
+            return
+        with self._writing():
             self._trajectory += kind in TRAJECTORY_EVENTS
-            self._events.append({"kind": kind, "update": update, "time": now(), **fields})
+            line = {"kind": kind, "update": update, "time": now(), **fields}
+            self._writer(self.run.events).append(line)
             if kind == "evaluation" and self._scalars is not None:
                 self._scalars.evaluation(fields)
 
     def metrics(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        if self._metrics is not None:
+        if not self._writes:
+            return
+        with self._writing():
             self._lines += 1
-            self._metrics.append(line)
+            self._writer(self.run.metrics).append(line)
             if self._scalars is not None:
                 self._scalars.line(line)
 
     def layers(self, line: dict[str, Any]) -> None:
         """Append a line to layers.jsonl, which the first one creates."""
-        if self._metrics is not None:
-            self._layers = self._layers or JsonlWriter(self.run.layers)
+        if not self._writes:
+            return
+        with self._writing():
+            is_first = self.run.layers not in self._opened
+            writer = self._writer(self.run.layers)
+            if is_first and self._attempt is not None:
+                self._attempt.publish()
             self._layer_lines += 1
-            self._layers.append(line)
+            writer.append(line)
 
     def save(self, update: int, samples_seen: int, state: dict[str, Any]) -> None:
         """Write a checkpoint, after everything that was recorded before it."""
-        if self._metrics is None or self._events is None:
-            return
-        self._metrics.sync()
-        for copy in (self._layers, self._scalars):
-            if copy is not None:
-                copy.sync()
-        events = self._events
+        if self._writes:
+            with self._writing():
+                self._save(update, samples_seen, state)
+
+    def _save(self, update: int, samples_seen: int, state: dict[str, Any]) -> None:
+        events = self._writer(self.run.events)
+        for writer in self._all():
+            if writer is not events:
+                writer.sync()
         # The checkpoint's own event is written before the checkpoint gets its name.
         position = Position(self._lines, self._trajectory + 1, self._layer_lines)
 
@@ -79,9 +115,19 @@ class Journal:
             self._keep,
             announce,
         )
+        if self._attempt is not None:
+            self._attempt.publish()  # should an older attempt have led a name to itself
+
+    def _all(self) -> list[JsonlWriter | Scalars]:
+        return [*self._opened.values(), *([] if self._scalars is None else [self._scalars])]
 
     def close(self) -> None:
-        for writer in (self._metrics, self._events, self._layers, self._scalars):
-            if writer is not None:
-                writer.sync()
-                writer.close()
+        """Raises StorageError if something that was written has not come to the disk."""
+        writers = self._all()
+        with ExitStack() as closing:
+            for writer in writers:
+                closing.callback(writer.close)
+            with self._writing() if writers else nullcontext():
+                for writer in writers:
+                    writer.sync()
+        self._opened.clear()

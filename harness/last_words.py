@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import sys
 import traceback
 from typing import NoReturn
+
+import torch
 
 from harness import environment
 from harness.comm.together import exit_code_of
@@ -19,6 +23,11 @@ def leave_last_words(error: Exception, rank: int) -> int:
     known = isinstance(error, HarnessError | OSError)
     code = exit_code_of(error)
     message = str(error) if known else f"{type(error).__name__}: {error}"
+    if lacks_memory(error):
+        message = (
+            f"out of memory ({_first_line(message)}); a smaller batch.micro, fewer data.workers or "
+            "fewer ranks on a host need less"
+        )
     where = environment.failure_dir()
     if where is None:
         print(f"harness: {message}", file=sys.stderr)
@@ -37,9 +46,25 @@ def leave_last_words(error: Exception, rank: int) -> int:
     }
     try:
         write_json(where / f"rank-{rank:05d}.json", words)
-    except OSError:  # the disk that is full is this one too
+    except (OSError, MemoryError):  # the disk that is full is this one too
         print(f"harness: rank {rank} on {environment.host()}: {message}", file=sys.stderr)
     return code
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether it says that memory has run out: the host's, that which this process may have, or
+    the GPU's."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # torch's allocator for the CPU raises nothing more precise.
+    words = r"can't allocate memory|not enough memory|bad_alloc|Cannot allocate memory"
+    return isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
 
 
 def leave_at_once(code: int) -> NoReturn:

@@ -158,6 +158,8 @@ class Launch(Section):
     """Seconds before the first restart; doubled before each further one, up to 60."""
     host_failures: Count = 2
     """A host is left out once this many launches in a row have failed on it."""
+    hang_seconds: Annotated[float, Field(ge=1, le=10**6)] | None = 600.0
+    """A job of which no rank has got any further for so long is ended; null: never."""
     connect_timeout: Annotated[float, Field(gt=0, le=600)] = 10.0
     """Seconds that a host may take to answer."""
     elastic: bool = False

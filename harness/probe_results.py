@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from rich.table import Table
 
 from harness.errors import UsageError
 from harness.lenient import number, pick
+from harness.records import read_text
 from harness.wording import counted
+from harness.yamlfile import one_line
 
 NAME = "probe.json"
 _COLUMNS = (
@@ -134,7 +137,7 @@ def read_results(path: Path) -> Results:
     """Read probe.json, or the one in a directory. Raises UsageError if it holds no probe."""
     file = path / NAME if path.is_dir() else path
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_text(file))
     except OSError as error:
         raise UsageError(
             f"{file}: {error.strerror}; give a directory that harness probe -o has written"
@@ -160,7 +163,9 @@ def read_results(path: Path) -> Results:
         ranks,
         _count_hosts(content),
         timings,
-        left_out if isinstance(left_out, dict) else {},
+        {one_line(name): one_line(str(why), 300) for name, why in left_out.items()}
+        if isinstance(left_out, dict)
+        else {},
     )
 
 
@@ -230,7 +235,7 @@ def print_tables(
     # A launcher may give its ranks a terminal of its own; how wide the real one is, the launching
     # process says.
     columns = os.environ.get("COLUMNS", "")
-    width = int(columns) if columns.isdigit() else _WIDE
+    width = int(columns) if re.fullmatch("[1-9][0-9]{0,4}", columns) else _WIDE
     target = console or Console(width=width, force_terminal=False, color_system=None)
     times = _table(timings, lambda one: shown_time(one.quartiles))
     heading = "time, median (quartiles)"

@@ -16,6 +16,7 @@ import torch
 from harness.comm.base import Communicator
 from harness.environment import host, launcher, usable_cores
 from harness.records import now
+from harness.redact import hidden, is_secret, redacted_words
 
 _PACKAGES = (
     "scaling-harness",
@@ -38,10 +39,6 @@ _VARIABLES = (
 # Launchers put addresses and keys of their own into variables that begin like settings.
 _SETTINGS_ONLY = (
     "ADDR",
-    "KEY",
-    "SECRET",
-    "TOKEN",
-    "PASSWORD",
     "URI",
     "IFACE",
     "HOSTNAME",
@@ -55,7 +52,7 @@ def collect(comm: Communicator) -> dict[str, Any]:
     return {
         "started": now(),
         "launcher": launcher(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": redacted_words([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in _PACKAGES},
@@ -81,9 +78,11 @@ def collect(comm: Communicator) -> dict[str, Any]:
 
 def _settings() -> dict[str, str]:
     return {
-        name: value
+        name: hidden(name, value)
         for name, value in sorted(os.environ.items())
-        if name.startswith(_VARIABLES) and not any(word in name.upper() for word in _SETTINGS_ONLY)
+        if name.startswith(_VARIABLES)
+        and not is_secret(name)
+        and not any(word in name.upper() for word in _SETTINGS_ONLY)
     }
 
 

@@ -8,31 +8,38 @@
     tensorboard/    a copy of metrics and evaluations as TensorBoard's event files
     traces/         of chosen updates, where profile.trace asks for it; Horovod's timeline
     failures/       the last words of ranks that failed
+    stacks/         where the ranks were when the job hung
     report/         index.html, summary.json, *.csv, *.svg
+    attempts/       what the first six lines' names lead to: a folder of the newest attempt's own
+    launches/       the same for what a launching process and its ranks tell each other
 
-Only rank 0 writes records. A line goes out in one ``write``, so a killed process leaves at most one
-partial line, at the end, which the next attempt cuts off.
+Only rank 0 writes records, and only in its attempt's folder (harness/attempts.py says why). A line
+goes out in one ``write``, so a killed process leaves at most one partial line, at the end, which
+the next attempt does not take over.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
 import os
+import re
+import secrets
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
-import yaml
-
-from harness.errors import RunDirectoryError
+from harness.errors import ConfigError, RunDirectoryError, StorageError
+from harness.yamlfile import parse_yaml
 
 Record = dict[str, Any]
 
@@ -56,39 +63,79 @@ TRAJECTORY_EVENTS = frozenset(
 )
 
 
+ITEMS = (
+    "config.yaml",
+    "provenance.json",
+    "plan.json",
+    "metrics.jsonl",
+    "events.jsonl",
+    "layers.jsonl",
+    "checkpoints",
+    "tensorboard",
+)
+"""What belongs to an attempt."""
+_ATTEMPT = re.compile("[0-9]{8,}")
+
+
+def of_trajectory(event: Record) -> bool:
+    """Whether an event belongs to the trajectory."""
+    kind = event.get("kind")
+    return isinstance(kind, str) and kind in TRAJECTORY_EVENTS
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """Names of everything in a run directory; creates nothing by itself."""
 
     path: Path
+    place: Path | None = None
+    """Where the records of one attempt are; None: whatever the names in ``path`` lead to."""
+    launch: Path | None = None
+    """Where one launching process and its ranks leave word for each other; None: in ``path``."""
 
     @property
     def config(self) -> Path:
-        return self.path / "config.yaml"
+        return self._records / "config.yaml"
 
     @property
     def provenance(self) -> Path:
-        return self.path / "provenance.json"
+        return self._records / "provenance.json"
 
     @property
     def plan(self) -> Path:
-        return self.path / "plan.json"
+        return self._records / "plan.json"
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self._records / "metrics.jsonl"
 
     @property
     def events(self) -> Path:
-        return self.path / "events.jsonl"
+        return self._records / "events.jsonl"
 
     @property
     def layers(self) -> Path:
-        return self.path / "layers.jsonl"
+        return self._records / "layers.jsonl"
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self._records / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self._records / "tensorboard"
+
+    @property
+    def _records(self) -> Path:
+        return self.place or self.path
+
+    @property
+    def attempts(self) -> Path:
+        return self.path / "attempts"
+
+    @property
+    def launches(self) -> Path:
+        return self.path / "launches"
 
     @property
     def traces(self) -> Path:
@@ -96,7 +143,16 @@ class RunDirectory:
 
     @property
     def failures(self) -> Path:
-        return self.path / "failures"
+        return (self.launch or self.path) / "failures"
+
+    @property
+    def elastic(self) -> Path:
+        """What tells Horovod Elastic which hosts there are."""
+        return (self.launch or self.path) / "elastic"
+
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
 
     @property
     def report(self) -> Path:
@@ -110,15 +166,32 @@ class RunDirectory:
     @property
     def stop_relay(self) -> Path:
         """The same, from the launching process on behalf of a signal that it got; gone with it."""
-        return self.path / "stop-signal"
+        return (self.launch or self.path) / "stop-signal"
 
     @property
     def launch_log(self) -> Path:
         return self.path / "launch.log"
 
+    def newest(self) -> RunDirectory:
+        """The same with the newest attempt's records.
+
+        They are in its folder, whatever a name in ``path`` leads to: an attempt that was frozen as
+        it made those names may have led them back to its own. Where a name is no link the directory
+        is a copy, or from before attempts had folders, and its names are what counts.
+        """
+        number = newest_number(self.attempts)
+        plain = any(
+            os.path.lexists(name) and not name.is_symlink()
+            for name in map(self.path.joinpath, ITEMS)
+        )
+        place = None if plain or not number else self.attempts / place_name(number)
+        return replace(self, place=place)
+
     @property
     def holds_run(self) -> bool:
-        return any(p.exists() for p in (self.config, self.metrics, self.events, self.checkpoints))
+        """Whether a run has begun here."""
+        run = self.newest()
+        return any(p.exists() for p in (run.config, run.metrics, run.events, run.checkpoints))
 
     def check_usable(self, resume: bool) -> None:
         """Raise RunDirectoryError unless a run may start here (or go on, with ``resume``)."""
@@ -130,7 +203,7 @@ class RunDirectory:
     def _check_usable(self, resume: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise RunDirectoryError(f"{self.path} is not a directory; choose another --run-dir")
-        if resume and not self.config.exists():
+        if resume and not self.newest().config.exists():
             raise RunDirectoryError(
                 f"{self.path} holds no run to resume (no config.yaml); "
                 "leave out --resume to start one"
@@ -142,28 +215,58 @@ class RunDirectory:
             )
 
 
+def place_name(number: int) -> str:
+    return f"{number:08d}"
+
+
+def numbered(name: str) -> int:
+    """The number of an attempt's or a launch's folder; 0: it has another name."""
+    return int(name) if _ATTEMPT.fullmatch(name) else 0
+
+
+def newest_number(folder: Path) -> int:
+    """The highest number among the folders of attempts, or of launches; 0 if there is none."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    return max(map(numbered, names), default=0)
+
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
 class RunLock:
     """An advisory lock that one process (rank 0) holds for as long as it writes to a run directory.
 
-    It lives in the kernel, so it goes with the process that held it, however that died.
+    It lives in the kernel, so it goes with the process that held it, however that died. On a shared
+    file system it may also go with the network: no more than an early word that a run is in use.
     """
 
-    def __init__(self, run: RunDirectory, name: str = "lock") -> None:
+    def __init__(self, run: RunDirectory, name: str = "lock", needed: bool = False) -> None:
+        """``needed``: refuse a file system without locks; else do without, as attempts are kept
+        apart by their folders."""
         self._path = run.path / name
+        self._needed = needed
         self._fd: int | None = None
 
     def acquire(self, patience: float = 0.0) -> None:
         """Take the lock; raise RunDirectoryError with its holder after ``patience`` seconds."""
-        try:
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise RunDirectoryError(f"{self._path}: cannot be opened: {error.strerror}") from None
-        try:
-            self._take(fd, patience)
-        except BaseException:
-            os.close(fd)
-            raise
-        self._fd = fd
+        deadline = time.monotonic() + patience
+        while self._fd is None:
+            try:
+                fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except OSError as error:
+                told = f"{self._path}: cannot be opened: {error.strerror}"
+                raise RunDirectoryError(told) from None
+            try:
+                self._take(fd, deadline)
+                if self._is_file_of(fd):  # its last holder may have removed the file meanwhile
+                    self._sign(fd)
+                    self._fd = fd
+            finally:
+                if self._fd != fd:
+                    os.close(fd)
 
     def discard(self) -> None:
         """Give up a directory in which nothing has been written: remove the file, and with it the
@@ -173,8 +276,7 @@ class RunLock:
             with suppress(OSError):
                 self._path.parent.rmdir()
 
-    def _take(self, fd: int, patience: float) -> None:
-        deadline = time.monotonic() + patience
+    def _take(self, fd: int, deadline: float) -> None:
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -189,13 +291,25 @@ class RunLock:
                     "stop it, or choose another directory"
                 ) from None
             except OSError as error:
+                if error.errno in _NO_LOCKS and not self._needed:
+                    break
                 raise RunDirectoryError(
                     f"{self._path}: cannot be locked: {error.strerror}; choose a --run-dir on a "
                     "file system that has locks"
                 ) from None
+
+    def _is_file_of(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(fd), os.stat(self._path))
+        except FileNotFoundError:
+            return False
+
+    def _sign(self, fd: int) -> None:
         os.ftruncate(fd, 0)
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()} since {started}\n".encode(), 0)
+        with suppress(OSError):  # a full disk: the lock holds without a name in it
+            text = f"pid {os.getpid()} on {socket.gethostname()} since {started}\n"
+            os.pwrite(fd, text.encode(), 0)
 
     def release(self) -> None:
         if self._fd is not None:
@@ -238,6 +352,16 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def write_all(fd: int, content: bytes, path: Path) -> None:
+    """Write in one piece; where the disk takes only a part, OSError says why it takes no more."""
+    written = os.write(fd, content)
+    while written < len(content):
+        more = os.write(fd, content[written:])
+        if not more:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        written += more
+
+
 class JsonlWriter:
     """Appends records to a JSON Lines file, a line in one write."""
 
@@ -246,12 +370,7 @@ class JsonlWriter:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
     def append(self, record: Record) -> None:
-        line = encode(record)
-        written = os.write(self._fd, line)
-        if written != len(line):
-            raise OSError(
-                f"{self._path}: only {written} of {len(line)} bytes were written; disk full?"
-            )
+        write_all(self._fd, encode(record), self._path)
 
     def end_line(self) -> None:
         """Make what follows a line of its own, after a writer that was killed in the middle of
@@ -270,12 +389,33 @@ class JsonlWriter:
         os.close(self._fd)
 
 
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file for reading. Raises OSError, for a pipe or a device too: who waits for somebody
+    to write into it, or reads it to its end, may do so for ever."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def read_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines from where a file stands. One that is too long to be a record is cut short, which
+    makes a broken one of it."""
+    while line := file.readline(LONGEST_LINE):
+        cut = len(line) == LONGEST_LINE and not line.endswith(b"\n")
+        yield line + b"\n" if cut else line
+        while cut:
+            line = file.readline(LONGEST_LINE)
+            cut = len(line) == LONGEST_LINE and not line.endswith(b"\n")
+
+
 def read_jsonl(path: Path) -> Iterator[Record | None]:
     """Records of a JSON Lines file in order; None for a line that is not a complete JSON object."""
     if not path.exists():
         return
-    with path.open("rb") as lines:
-        for line in lines:
+    with open_regular(path) as file:
+        for line in read_lines(file):
             yield parse_line(line)
 
 
@@ -291,6 +431,7 @@ def parse_line(line: bytes) -> Record | None:
 def furthest(run: RunDirectory) -> tuple[int, int]:
     """(updates, samples) up to which the records tell of training; at most a logging window less
     than what was done."""
+    run = run if run.place else run.newest()
     updates = samples = 0
     for record in (*read_jsonl(run.events), _last_line(run.metrics)):
         update, seen = (record or {}).get("update"), (record or {}).get("samples_seen")
@@ -316,7 +457,7 @@ def _whole_lines(path: Path, size: int) -> list[bytes]:
     """Lines with an end among the last ``size`` bytes of a file; the first may lack its start."""
     if not path.exists():
         return []
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(max(0, path.stat().st_size - size))
         # Not splitlines, for which a carriage return ends a line too.
         return [line + b"\n" for line in file.read().split(b"\n")[:-1]]
@@ -330,12 +471,13 @@ def spread_lines(path: Path, at_most: int) -> tuple[list[Record | None], int]:
     """
     if not path.exists():
         return [], 0
-    with path.open("rb") as file:
-        total = sum(line.endswith(b"\n") for line in file)
+    with open_regular(path) as file:
+        total = sum(line.endswith(b"\n") for line in read_lines(file))
     count = min(at_most, total)
     chosen = {i * (total - 1) // max(count - 1, 1) for i in range(count)}
-    with path.open("rb") as file:
-        return [parse_line(line) for i, line in enumerate(file) if i in chosen], total
+    with open_regular(path) as file:
+        lines = enumerate(read_lines(file))
+        return [parse_line(line) for i, line in lines if i in chosen], total
 
 
 @dataclass(frozen=True)
@@ -348,43 +490,80 @@ class Position:
     layers: int = 0
 
 
-def rewind(run: RunDirectory, position: Position) -> int:
-    """Cut what was recorded after a checkpoint, so that the resumed run writes it anew, once.
+def rewind(run: RunDirectory, position: Position, into: RunDirectory | None = None) -> int:
+    """Leave out what was recorded after a checkpoint, so that the resumed run writes it anew, once.
 
-    Returns how many lines of metrics are missing from before it: 0 unless someone took them away,
-    since lines are on the disk before a checkpoint counts.
+    ``into``: where the records go on; by default they stay where they are. Either way the files are
+    fresh ones: a writer that still has the old ones open writes into those.
+
+    Returns how many lines of metrics are missing from before the checkpoint: 0 unless someone took
+    them away, since lines are on the disk before a checkpoint counts.
     """
-    missing = position.metrics - _keep_lines(run.metrics, position.metrics)
-    _keep_lines(run.layers, position.layers)
+    into = into or run
+    missing = position.metrics - _keep_lines(run.metrics, into.metrics, position.metrics)
+    _keep_lines(run.layers, into.layers, position.layers)
     seen = 0
     kept = []
     for record in read_jsonl(run.events):
         if record is None:
             continue
-        if record.get("kind") in TRAJECTORY_EVENTS:
+        if of_trajectory(record):
             seen += 1
             if seen > position.events:
                 continue
         kept.append(encode(record))
     if run.events.exists():
-        write_atomic(run.events, b"".join(kept))
+        write_atomic(into.events, b"".join(kept))
     return missing
 
 
-def _keep_lines(path: Path, count: int) -> int:
-    """Cut a file after its first ``count`` lines, in place: it may be too long to copy.
+def _keep_lines(source: Path, target: Path, count: int) -> int:
+    """Copy the first ``count`` lines of a file, which may be long; it is there in one step.
 
     Returns how many of them there are.
     """
-    if not path.exists():
+    if not source.exists():
         return 0
-    with path.open("rb+") as file:
-        kept = end = 0
-        while kept < count and file.readline().endswith(b"\n"):
-            kept += 1
-            end = file.tell()
-        file.truncate(end)
+    with open_regular(source) as file, replacing(target) as copy:
+        kept = 0
+        while kept < count and (line := file.readline(LONGEST_LINE)):
+            if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+                break
+            copy.write(line)
+            kept += line.endswith(b"\n")
     return kept
+
+
+_ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "have its file system mounted for writing",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.ENOENT: "it was moved, removed or unmounted",
+    errno.ESTALE: "it was moved, removed or unmounted",
+    errno.EIO: "look after its file system",
+}
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """What has kept a run from being recorded in ``path``, and what to do about it."""
+    where = error.filename if isinstance(error.filename, str) else str(path)
+    advice = _ADVICE.get(error.errno or 0, "look after its file system")
+    return StorageError(
+        f"{where}: {error.strerror or error}; {advice}. What was written before is whole, and the "
+        "run goes on from its newest checkpoint once it can write there"
+    )
+
+
+@contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Around what writes to a run directory: raises StorageError where that fails."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(path, error) from None
 
 
 @contextmanager
@@ -412,22 +591,41 @@ def make_directory(path: Path, instead: str) -> bool:
     return True
 
 
+def partial_name(path: Path) -> Path:
+    """Where to write what is then given the name ``path``: beside it, under a name that nobody can
+    have taken before, as with a link to another file. To be opened with mode x."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace a file in one step: readers see the old bytes or the new ones, also after a crash."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of ``path`` in one step, if nothing is raised."""
+    partial = partial_name(path)
     try:
-        with partial.open("wb") as file:
-            file.write(content)
+        with partial.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
+        with suppress(OSError):  # as a directory that was made read-only
+            partial.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(handle)
     finally:
-        os.close(directory)
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -456,7 +654,7 @@ def read_run(path: Path, metrics: bool = True) -> RunRecords:
     """Read a run directory with whatever is there; raises RunDirectoryError if it is no run.
 
     ``metrics``: read metrics.jsonl, which may have a million lines."""
-    run = RunDirectory(path)
+    run = RunDirectory(path).newest()
     if not path.is_dir():
         raise RunDirectoryError(f"{path} is not a directory; give a run directory (…/runs/NAME)")
     if not run.holds_run:
@@ -466,7 +664,7 @@ def read_run(path: Path, metrics: bool = True) -> RunRecords:
     problems: list[str] = []
     return RunRecords(
         path=path,
-        config=_read_object(run.config, yaml.safe_load, problems),
+        config=_read_object(run.config, parse_config, problems),
         provenance=_read_object(run.provenance, json.loads, problems),
         plan=_read_object(run.plan, json.loads, problems),
         metrics=_read_lines(run.metrics, problems) if metrics else [],
@@ -475,22 +673,39 @@ def read_run(path: Path, metrics: bool = True) -> RunRecords:
     )
 
 
-# What the parsers of JSON and YAML raise for text that is neither.
-_UNREADABLE = (ValueError, LookupError, AttributeError, TypeError, RecursionError)
+LONGEST_LINE = 1 << 25
+"""Bytes of a line; the norms of ten thousand layers take a tenth of that."""
+_LARGEST = 1 << 28
+"""Bytes of a file with one object."""
+
+
+def parse_config(text: str) -> Any:
+    """What a configuration's text holds, for ``read_object``. Raises ConfigError."""
+    return parse_yaml(text, "config.yaml").data
 
 
 def _read_object(path: Path, parse: Callable[[str], Any], problems: list[str]) -> Record | None:
     try:
-        value = parse(path.read_text(encoding="utf-8"))
+        value = parse(read_text(path))
     except FileNotFoundError:
         problems.append(f"{path.name} is missing")
-    except (OSError, yaml.YAMLError, *_UNREADABLE) as error:
+    except (OSError, ValueError, RecursionError, ConfigError) as error:
         problems.append(f"{path.name} cannot be read: {type(error).__name__}")
     else:
         if isinstance(value, dict):
             return value
         problems.append(f"{path.name} is not a mapping")
     return None
+
+
+def read_text(path: Path, most: int = _LARGEST) -> str:
+    """A file of UTF-8 text. Raises OSError and ValueError, as what is no regular file or has more
+    than ``most`` bytes does."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"more than {most} bytes", str(path))
+        return file.read(size).decode()
 
 
 def read_object(path: Path, parse: Callable[[str], Any] = json.loads) -> Record | None:
@@ -502,7 +717,11 @@ def read_object(path: Path, parse: Callable[[str], Any] = json.loads) -> Record 
 def _read_lines(path: Path, problems: list[str]) -> list[Record]:
     if not path.exists():
         problems.append(f"{path.name} is missing")
-    records = list(read_jsonl(path))
+    try:
+        records = list(read_jsonl(path))
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read: {error.strerror}")
+        return []
     broken = sum(record is None for record in records)
     if broken:
         problems.append(f"{path.name}: {broken} of {len(records)} lines are broken and left out")

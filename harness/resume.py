@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
+from typing import TypeGuard
+
 from harness.config import dump_config
-from harness.errors import RunDirectoryError
-from harness.records import TRAJECTORY_EVENTS, RunDirectory, read_jsonl, write_atomic
+from harness.errors import CheckpointError, RunDirectoryError
+from harness.records import RunDirectory, of_trajectory, read_jsonl, write_atomic
 from harness.schema import Config
-from harness.yamlfile import dump_yaml, parse_yaml, read_yaml
+from harness.yamlfile import dump_yaml, one_line, parse_yaml, read_yaml
 
 # Keys that do not change what is computed, only how and where; a resumed run may change them.
 _FREE = frozenset(
@@ -39,25 +42,55 @@ _FREE_SECTIONS = ("paper.", "profile.", "launch.", "slurm.")
 
 def check_same_run(config: Config, run: RunDirectory) -> None:
     """Raise RunDirectoryError if the configuration would change a run's trajectory."""
-    before = _flat(read_yaml(run.config).data)
-    after = _flat(parse_yaml(dump_config(config), "configuration").data)
-    changed = [
-        f"{key}: {before.get(key)} → {after.get(key)}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-        and key not in _FREE
-        and not key.startswith(_FREE_SECTIONS)
-    ]
+    before = _settled(read_yaml(run.newest().config).data)
+    after = _settled(parse_yaml(dump_config(config), "configuration").data)
+    changed = _changed(before, after, before.keys() | after.keys())
     if changed:
         raise RunDirectoryError(
-            f"{run.path} holds a run of another configuration ({'; '.join(changed)}); resume it "
+            f"{run.path} holds a run of another configuration ({changed}); resume it "
             f"with {run.config}, or choose another --run-dir"
         )
 
 
+def settled(config: Config) -> dict[str, object]:
+    """What of a configuration the trajectory depends on: values by their keys' full names."""
+    return _settled(config.model_dump(mode="json"))
+
+
+def check_same_settings(found: object, config: Config, name: str) -> None:
+    """Raise CheckpointError if a checkpoint is of a run with other settings.
+
+    ``found``: as from ``settled``. Keys that only one of both knows are passed over: they came or
+    went with a version of this program.
+    """
+    if isinstance(found, dict):
+        mine = settled(config)
+        changed = _changed(found, mine, found.keys() & mine.keys())
+        if changed:
+            raise CheckpointError(
+                f"{name}: it is of another configuration ({one_line(changed, 300)})"
+            )
+
+
+def _settled(data: object) -> dict[str, object]:
+    return {
+        key: value
+        for key, value in _flat(data).items()
+        if key not in _FREE and not key.startswith(_FREE_SECTIONS)
+    }
+
+
+def _changed(before: Mapping[str, object], after: Mapping[str, object], keys: Set[str]) -> str:
+    return "; ".join(
+        f"{key}: {before.get(key)} → {after.get(key)}"
+        for key in sorted(keys)
+        if before.get(key) != after.get(key)
+    )
+
+
 def keep_choices(config: Config, run: RunDirectory) -> None:
-    """Write what a resumed run has chosen anew of its data into config.yaml, from which it is
-    resumed the next time. Ranks are chosen at each launch, and left alone."""
+    """Write what a resumed run has chosen anew of its data into its attempt's config.yaml, from
+    which it is resumed the next time. Ranks are chosen at each launch, and left alone."""
     stored = read_yaml(run.config).data
     chosen = parse_yaml(dump_config(config), "configuration").data["data"]
     if stored["data"] != chosen:
@@ -68,8 +101,8 @@ def keep_choices(config: Config, run: RunDirectory) -> None:
 def has_finished(run: RunDirectory) -> bool:
     """Whether a run's last word on its trajectory is that it has ended."""
     last = None
-    for event in read_jsonl(run.events):
-        if event and event.get("kind") in TRAJECTORY_EVENTS:
+    for event in read_jsonl(run.newest().events):
+        if event and of_trajectory(event):
             last = event["kind"]
     return last == "end"
 
@@ -77,21 +110,25 @@ def has_finished(run: RunDirectory) -> bool:
 def ranks_of_late(run: RunDirectory) -> int:
     """Ranks that the run's last attempt had, or asked for as it stopped; 0 if it had none."""
     ranks = 0
-    for event in read_jsonl(run.events):
+    for event in read_jsonl(run.newest().events):
         if event and event.get("kind") in ("start", "resume", "stop"):
             named = event.get("ranks_wanted") or event.get("ranks")
-            ranks = named if isinstance(named, int) else ranks
+            ranks = named if _is_count(named) else ranks
     return ranks
 
 
 def ranks_wanted(run: RunDirectory) -> int:
     """Ranks that the run asked for when it last stopped; 0 if it did not ask."""
     wanted = 0
-    for event in read_jsonl(run.events):
+    for event in read_jsonl(run.newest().events):
         if event and event.get("kind") == "stop":
             named = event.get("ranks_wanted")
-            wanted = named if isinstance(named, int) else 0
+            wanted = named if _is_count(named) else 0
     return wanted
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 < value < 2**31
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from harness.lenient import number
 from harness.records import Record
 from harness.yamlfile import one_line
 
@@ -64,18 +65,22 @@ def standing(last: Record, events: list[Record], plan: Record | None) -> RunStat
         state=state_of(events),
         samples_seen=_whole(last, "samples_seen"),
         samples_planned=_whole(totals if isinstance(totals, dict) else {}, "samples"),
-        epoch=_number(last, "epoch"),
+        epoch=number(last.get("epoch")),
         stage=_whole(last, "stage"),
         global_batch=_whole(last, "global_batch"),
         ranks=_whole(last, "ranks") or _whole(starts[-1] if starts else {}, "ranks"),
         accumulation=_whole(last, "accumulation"),
         micro_batch=_whole(last, "micro_batch"),
-        images_per_sec=_number(last, "images_per_sec"),
+        images_per_sec=number(last.get("images_per_sec")),
         checkpoint=_text(_of(events, "checkpoint"), "file"),
         attempts=len(starts),
         updates_repeated=sum(known) if known else None,
         ends=[
-            Why(event.get("time"), str(event["kind"]), one_line(str(event.get("reason", "")), 200))
+            Why(
+                None if event.get("time") is None else one_line(str(event["time"])),
+                str(event["kind"]),
+                one_line(str(event.get("reason", "")), 200),
+            )
             for event in _of(events, "stop", *CUT_OFF)
         ],
     )
@@ -95,17 +100,12 @@ def _of(events: list[Record], *kinds: str) -> list[Record]:
 
 def _whole(record: Record, name: str) -> int | None:
     value = record.get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _number(record: Record, name: str) -> float | None:
-    value = record.get(name)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return value if type(value) is int and abs(value) < 2**62 else None  # more is damage
 
 
 def _text(events: list[Record], name: str) -> str | None:
     value = events[-1].get(name) if events else None
-    return value if isinstance(value, str) else None
+    return one_line(value) if isinstance(value, str) else None
 
 
 # In words

@@ -19,8 +19,12 @@ class StopRequest:
 
     def __init__(self, *flag_files: Path, enough: Callable[[], bool] | None = None) -> None:
         """``enough``: asked once an update, for a run that is over when it has been measured."""
-        self._files, self._enough = flag_files, enough
         self._signalled = False
+        self.look_at(*flag_files, enough=enough)
+
+    def look_at(self, *flag_files: Path, enough: Callable[[], bool] | None = None) -> None:
+        """What else asks to stop, for a process that has listened to signals before it knew."""
+        self._files, self._enough = flag_files, enough
 
     @property
     def measured(self) -> bool:

@@ -25,10 +25,8 @@ from typing import Any
 
 from harness.errors import ConfigError
 from harness.lenient import number, pick
-from harness.records import Record, RunDirectory, last_records, read_jsonl
+from harness.records import Record, RunDirectory, last_records, read_jsonl, write_all
 
-DIRECTORY = "tensorboard"
-"""In the run directory: what ``tensorboard --logdir`` is given, or a directory above several."""
 _TAIL = 2**20
 """Bytes at the end of records in which a checkpoint's own lines lie."""
 _NUMBER = re.compile(r"events\.out\.tfevents\.(\d+)\.")
@@ -90,11 +88,11 @@ class Scalars:
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        directory = run.path / DIRECTORY
+        directory = run.tensorboard
         directory.mkdir(exist_ok=True)
         older = [int(m[1]) for path in directory.iterdir() if (m := _NUMBER.match(path.name))]
-        # Files are read in the order of their names. The clock of another host may be behind.
-        number = max(int(time.time()), max(older, default=0) + 1)
+        # Files are read in the order of their names, which no clock may decide.
+        number = max(older, default=0) + 1
         name = f"events.out.tfevents.{number:010d}.{socket.gethostname()}.{os.getpid()}.0"
         self._path = directory / name
         self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -145,11 +143,7 @@ class Scalars:
 
     def _write(self, **fields: Any) -> None:
         content = framed(self._event(wall_time=time.time(), **fields).SerializeToString())
-        written = os.write(self._fd, content)
-        if written != len(content):
-            raise OSError(
-                f"{self._path}: only {written} of {len(content)} bytes were written; disk full?"
-            )
+        write_all(self._fd, content, self._path)
 
 
 def _crc_table() -> tuple[int, ...]:

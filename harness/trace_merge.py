@@ -15,15 +15,15 @@ it may be off.
 
 from __future__ import annotations
 
+import io
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from harness.errors import RunDirectoryError
-from harness.records import RunDirectory
+from harness.records import RunDirectory, open_regular, partial_name, read_text
 
 Event = dict[str, Any]
 
@@ -33,6 +33,12 @@ _PHASES_THREAD = 0
 _AROUND = 10**8
 """Nanoseconds before and after the traced updates from which Horovod's timeline is taken."""
 _READ = 1 << 20
+_LARGEST = 1 << 32
+"""Bytes of a rank's trace."""
+_LONGEST = 1 << 22
+"""Characters of an event of Horovod's."""
+_DAMAGE = (ArithmeticError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+"""What numbers and types end in that no profiler writes."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +118,9 @@ def merge_traces(run_dir: Path, out: Path | None = None) -> Merged:
             "rank 0 was not traced: Horovod's timeline is by its host's clock, and may be off"
         )
     merging = _Merging(traces, problems)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    partial = partial_name(target)
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with partial.open("x", encoding="utf-8") as file:
             merging.write(file, timelines)
         partial.replace(target)
     finally:
@@ -148,16 +154,20 @@ class _Merging:
     def write(self, file: IO[str], timelines: Iterable[Path]) -> None:
         file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
         for trace in self._traces:
-            self._put(file, self._of_rank(trace))
+            self._put(file, self._of_rank(trace), trace.path)
         for path in timelines:
-            self._put(file, self._of_horovod(path))
+            self._put(file, self._of_horovod(path), path)
         file.write("\n]}\n")
 
-    def _put(self, file: IO[str], events: Iterable[Event]) -> None:
-        for event in events:
-            file.write(",\n" if self.events else "")
-            file.write(json.dumps(event, separators=(",", ":"), allow_nan=False))
-            self.events += 1
+    def _put(self, file: IO[str], events: Iterable[Event], source: Path) -> None:
+        try:
+            for event in events:
+                text = json.dumps(event, separators=(",", ":"), allow_nan=False)
+                file.write(f",\n{text}" if self.events else text)
+                self.events += 1
+        except _DAMAGE as error:
+            told = f"{source.name} is damaged ({type(error).__name__}); the rest of it is left out"
+            self._problems.append(told)
 
     def _of_rank(self, trace: RankTrace) -> Iterator[Event]:
         shift = self._offsets[trace.rank][0]
@@ -295,7 +305,7 @@ def _rank_traces(folder: Path, problems: list[str]) -> Iterator[RankTrace]:
                 tuple((int(entered), int(left)) for entered, left in about["pings"]),
                 tuple((str(name), int(begin), int(end)) for name, begin, end in about["phases"]),
             )
-        except (KeyError, TypeError, ValueError, IndexError):
+        except _DAMAGE:
             problems.append(f"{path.name} is not what this version writes; left out")
 
 
@@ -318,7 +328,7 @@ def _object(path: Path, problems: list[str]) -> dict[str, Any]:
     """A JSON object from a file; empty, with a word on why, if there is none."""
     try:
         # Names may have raw control characters in them; NaN is none of JSON's numbers.
-        value = json.loads(path.read_bytes(), strict=False, parse_constant=lambda _: None)
+        value = json.loads(read_text(path, _LARGEST), strict=False, parse_constant=lambda _: None)
     except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{path.name} cannot be read ({type(error).__name__}); left out")
         return {}
@@ -337,7 +347,7 @@ def _horovod_events(path: Path) -> Iterator[Event]:
     """The objects of an array, which has no end if Horovod was not shut down, and may be long."""
     decoder = json.JSONDecoder(strict=False, parse_constant=lambda _: None)
     text = ""
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="replace") as file:
         while chunk := file.read(_READ):
             text += chunk
             place = 0
@@ -345,6 +355,8 @@ def _horovod_events(path: Path) -> Iterator[Event]:
                 try:
                     event, place = decoder.raw_decode(text, place)
                 except ValueError:  # its end is not read yet
+                    if len(text) - place > _LONGEST:  # or never comes
+                        raise
                     break
                 yield event
             text = text[place:] if place >= 0 else ""

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from harness import pulse
 from harness.autotune import Tuned
 from harness.buffers import (
     averaged_buffers,
@@ -20,7 +21,7 @@ from harness.buffers import (
     restore_residuals,
 )
 from harness.comm.base import Communicator
-from harness.consistency import check_equal
+from harness.consistency import check_equal, check_finite
 from harness.data.datasets import ImageData, Split
 from harness.data.sampler import permute
 from harness.elastic import Membership, Regroup
@@ -32,6 +33,7 @@ from harness.journal import Journal
 from harness.keyed import fold_key
 from harness.profiler import Profiler
 from harness.progress import Display, Pace, Status
+from harness.resume import settled
 from harness.schedule.clock import Clock, step, update_size
 from harness.schedule.configured import rate_schedule, stage_scheduler
 from harness.schedule.growth import BatchDecision, Observation
@@ -74,6 +76,7 @@ class Trainer:
         ``membership``: where ranks can come and go without an end of the processes."""
         self._membership = membership
         self._config, self._data, self._model, self._comm = config, data, model, comm
+        self._settings = settled(config)
         self._journal, self._display, self._stop = journal, display, stop
         self._grow, self._start_seconds = grow, start_seconds
         size = len(data.train)
@@ -106,6 +109,8 @@ class Trainer:
         """
         self._model.train()
         self._profiler.clock.restart()
+        pulse.at("computing")
+        pulse.trains(True)
         try:
             while not self._end.reached(self.clock):
                 decision = self._decide()
@@ -115,12 +120,14 @@ class Trainer:
                 self._update(decision, pieces)
             return self._finish()
         finally:
+            pulse.trains(False)
             self._profiler.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on."""
         self._window.spend(self._profiler.take())
         return {
+            "settings": self._settings,
             "model": self._model.state_dict(),
             **self._step.state_dict(),
             "tuned": None if self._tuned is None else self._tuned.as_dict(),
@@ -142,6 +149,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state, on any number of ranks; bitwise on the same number."""
+        _check_kinds(state)
         if state["dataset_size"] != self.clock.dataset_size:
             raise HarnessError(
                 f"the run was made on {state['dataset_size']} training samples, but data.dataset "
@@ -407,6 +415,7 @@ class Trainer:
             averaged_buffers(self._model, gather_buffers(self._model, self._comm)),
         ):
             self._evaluation = self._measure(self._data.test)
+        pulse.at("computing")
         self._evaluated_at = self.clock.updates
         self._journal.event(
             "evaluation",
@@ -430,6 +439,7 @@ class Trainer:
 
     def _write_checkpoint(self) -> None:
         check_equal(self._model, self._step.optimizer, self._comm, self.clock.updates)
+        check_finite(self._model, self._step.optimizer, self.clock.updates)
         table = gather_buffers(self._model, self._comm)
         residuals = gather_residuals(self._step.reducer.residuals, self._comm)
         with averaged_buffers(self._model, table):
@@ -520,3 +530,24 @@ class Trainer:
                 news=news,
             )
         )
+
+
+_NUMBERS = (
+    *("samples_seen", "update", "dataset_size", "stage", "skipped_in_a_row", "train_seconds"),
+    *("left_out", "evaluated_at"),
+)
+
+
+def _check_kinds(state: dict[str, Any]) -> None:
+    """Raise TypeError for a state whose numbers are none: some are only met much later."""
+    window = Window.from_state(state["window"])
+    numbers = [state[name] for name in _NUMBERS]
+    numbers += [window.updates, window.samples, window.kept, window.loss_sum, window.bytes_sent]
+    numbers += window.seconds.values()
+    evaluation = state["evaluation"]
+    if evaluation is not None:
+        numbers += [value for name, value in evaluation.items() if name != "corrupt"]
+    if not all(type(value) in (int, float) for value in numbers):
+        raise TypeError("a number in it is none")
+    if not isinstance(window.latest, dict):
+        raise TypeError("its last line is no mapping")

@@ -348,10 +348,16 @@ def _note(curve: list[tuple[float, float]], record: Record, name: str) -> None:
 class Watched:
     """One run directory."""
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        """``clock``: seconds since the epoch."""
+    def __init__(
+        self,
+        path: Path,
+        clock: Callable[[], float] = time.time,
+        ticks: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``clock``: seconds since the epoch, which tell at the first look how old a file is;
+        ``ticks``: seconds of a clock that nobody sets, for all that we see ourselves."""
         self.path = path
-        self._clock = clock
+        self._clock, self._ticks = clock, ticks
         run = RunDirectory(path)
         self._metrics, self._events = Follower(run.metrics), Follower(run.events)
         self._plan_path = run.plan
@@ -360,7 +366,9 @@ class Watched:
         self._shown: tuple[Record, int, bool] = ({}, 0, False)
         self._longest = 0.0
         """Longest silence that a line has followed while we watched, in seconds."""
-        self._changed: float | None = None
+        self._changed: list[float] = []
+        self._age = self._seen_at = 0.0
+        """How old the last line was when we saw that it was there, and when that was."""
         self.status = RunStatus("not started")
 
     def refresh(self) -> None:
@@ -378,10 +386,12 @@ class Watched:
         told = self._told
         known = [*told.processes, *([told.checkpoint] if told.checkpoint else [])]
         self.status = standing(_sound(self._seen.last), known, self._plan)
-        times = (self._metrics.changed, self._events.changed)
-        changed = max((when for when in times if when is not None), default=None)
-        if changed is not None and self._changed is not None:
-            self._longest = max(self._longest, changed - self._changed)
+        changed = [t for t in (self._metrics.changed, self._events.changed) if t is not None]
+        if changed and changed != self._changed:
+            self._longest = max(self._longest, self.silence or 0.0)
+            first = not self._changed
+            self._age = max(0.0, self._clock() - max(changed)) if first else 0.0
+            self._seen_at = self._ticks()
         self._changed = changed
 
     @property
@@ -391,7 +401,7 @@ class Watched:
     @property
     def silence(self) -> float | None:
         """Seconds since anything was written."""
-        return None if self._changed is None else max(0.0, self._clock() - self._changed)
+        return self._age + self._ticks() - self._seen_at if self._changed else None
 
     @property
     def patience(self) -> float:
@@ -554,18 +564,25 @@ class Watched:
 class Several:
     """The runs in a directory."""
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        path: Path,
+        clock: Callable[[], float] = time.time,
+        ticks: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """As for ``Watched``."""
         self.path = path
-        self._clock = clock
+        self._clock, self._ticks = clock, ticks
         self._runs: dict[Path, Watched] = {}
         self._scanned = -math.inf
         self._brief: dict[Path, str] = {}
 
     def refresh(self) -> None:
-        if self._clock() - self._scanned >= _RESCAN:
-            self._scanned = self._clock()
+        if self._ticks() - self._scanned >= _RESCAN:
+            self._scanned = self._ticks()
             paths = find_runs(self.path)
-            self._runs = {p: self._runs.get(p) or Watched(p, self._clock) for p in paths}
+            made = (self._clock, self._ticks)
+            self._runs = {p: self._runs.get(p) or Watched(p, *made) for p in paths}
         for run in self._runs.values():
             run.refresh()
 

@@ -8,15 +8,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from harness import checkpoint, environment
+from harness import checkpoint, environment, pulse
+from harness.attempts import Attempt, Draft, check_format
 from harness.autotune import Tuned, slower_than_none, tune
 from harness.benchstats import Enough
 from harness.comm import Communicator, allreduce, broadcast_bytes, open_communicator
@@ -25,7 +26,13 @@ from harness.config import dump_config, load_config
 from harness.data.datasets import ImageData
 from harness.data.shared import load_shared
 from harness.elastic import LeftOut, Membership, Regroup
-from harness.errors import PeerLost, RunDirectoryError, StoppedEarly
+from harness.errors import (
+    CheckpointError,
+    HarnessError,
+    PeerLost,
+    RunDirectoryError,
+    StoppedEarly,
+)
 from harness.evaluate import Evaluation
 from harness.journal import Journal
 from harness.last_words import leave_at_once, leave_last_words
@@ -39,11 +46,11 @@ from harness.records import (
     RunLock,
     furthest,
     read_jsonl,
-    rewind,
+    read_text,
     write_atomic,
     write_json,
 )
-from harness.resume import check_same_run, keep_choices
+from harness.resume import check_same_run, check_same_settings, keep_choices
 from harness.schedule.plan import build_plan
 from harness.schema import Config
 from harness.stop import StopRequest
@@ -51,6 +58,7 @@ from harness.syncbn import convert
 from harness.tensorboard import Scalars, check_installed, open_scalars
 from harness.tracing import next_timeline
 from harness.trainer import Trainer
+from harness.yamlfile import one_line
 
 
 @dataclass
@@ -61,6 +69,8 @@ class _Resumed:
     name: str = ""
     rejected: list[tuple[str, str]] = field(default_factory=list)
     state: checkpoint.State | None = None
+    draft: Draft | None = None
+    """Rank 0's, of a run that goes on."""
     lines_missing: int = 0
     """Lines of metrics.jsonl that the checkpoint counts on and that are gone."""
     furthest: tuple[int, int] = (0, 0)
@@ -71,16 +81,27 @@ class _Resumed:
         return Position(**self.state["records"]) if self.state else Position()
 
 
-def train(config_path: Path, overrides: Sequence[str], run_dir: Path, resume: bool) -> int:
-    """Train as one rank of a run; returns the exit code. Errors end as one message."""
+def train(
+    config_path: Path,
+    overrides: Sequence[str],
+    run_dir: Path,
+    resume: bool,
+    stop: StopRequest | None = None,
+) -> int:
+    """Train as one rank of a run; returns the exit code. Errors end as one message.
+
+    ``stop``: one that has listened to signals since this process began.
+    """
     comm: Communicator | None = None
     try:
         config = load_config(config_path, overrides)
         _start_mps()
-        run = RunDirectory(run_dir)
+        words = environment.failure_dir()
+        run = RunDirectory(run_dir, launch=None if words is None else words.parent)
         seconds = environment.seconds_to_measure()
         enough = None if seconds is None else Enough(seconds)
-        stop = StopRequest(run.stop_request, run.stop_relay, enough=enough)
+        stop = stop or StopRequest()
+        stop.look_at(run.stop_request, run.stop_relay, enough=enough)
         membership = Membership.of_this_process()
         finished = False
         while not finished:  # once, unless ranks come and go while the processes live
@@ -116,7 +137,8 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: Path, resume: bo
         code = leave_last_words(error, _rank(comm))
     else:
         if comm is not None:
-            comm.close()
+            with pulse.meeting():
+                comm.close()
         return 0
     if comm is not None and comm.size > 1:
         leave_at_once(code)
@@ -131,7 +153,7 @@ def _run(
     stop: StopRequest,
     membership: Membership | None,
 ) -> Evaluation:
-    stop.listen()
+    stop.listen()  # again: what was loaded since may have handlers of its own
     if membership is not None:
         resume = membership.settle(comm, run, resume)
     lock = RunLock(run)
@@ -139,31 +161,26 @@ def _run(
         held.callback(lock.release)
         together(comm, lambda: _take(config, run, lock, resume) if comm.rank == 0 else None)
         try:
+            pulse.at("loading the data")
             data = load_shared(config.data, comm)
             held.callback(data.train.close)
             held.callback(data.test.close)
             keep_freed_memory()  # only now: what loading has used for a moment goes back
+            pulse.at("building the model")
             model = together(comm, lambda: _model(config, data, comm))
         except AllLeave:
             if comm.rank == 0 and not resume:
                 lock.discard()  # no run has begun
             raise
-        resumed = _resume(run, comm) if resume else _Resumed()
-        if comm.rank == 0:
-            if not resume:
-                write_atomic(run.config, dump_config(config).encode())
-            resumed.furthest = furthest(run)
-            resumed.lines_missing = rewind(run, resumed.position)
-            if environment.failure_dir() is None and membership is None:
-                stop.clear()  # else who has started the ranks has done so before
-        scalars = _scalars(config, run, resumed) if comm.rank == 0 else None
-        keep = config.train.keep_checkpoints
-        journal = Journal(run, comm.rank == 0, keep, resumed.position, scalars)
+        pulse.at("reading what the run goes on from")
+        resumed = _resume(config, run, comm, model, held) if resume else _Resumed()
+        journal = Journal(run, comm.rank == 0, config.train.keep_checkpoints, resumed.position)
         held.callback(journal.close)
         display = _display(comm)
         held.callback(display.close)
         if config.profile.timeline:
             _start_timeline(run, comm, display)
+        pulse.at("preparing the training")
         tuned = together(comm, lambda: _tune(config, model, data, comm, resumed))
         trainer = Trainer(
             config,
@@ -179,13 +196,20 @@ def _run(
             membership,
         )
         if resumed.state is not None:
-            state = resumed.state
-            together(comm, lambda: trainer.load_state_dict(state))
-        if comm.rank == 0:
+            together(comm, lambda: _restore(trainer, resumed))
+        # Only now is it certain that the run goes on from there.
+        attempt = together(
+            comm,
+            lambda: _begin(config, run, resumed, resume, journal, held) if comm.rank == 0 else None,
+        )
+        if comm.rank == 0 and environment.failure_dir() is None and membership is None:
+            stop.clear()  # else who has started the ranks has done so before
+        if attempt is not None:
             if membership is not None and membership.lost_at is not None:
                 said = {"reason": membership.reason, "rank": None, "host": None}
                 journal.event("fault", trainer.clock.updates, time=membership.lost_at, **said)
-            _introduce(config, run, comm, trainer, journal, resumed)
+            with attempt.writing():
+                _introduce(config, attempt.run, comm, trainer, journal, resumed, display)
             if tuned is not None:
                 journal.event("autotune", trainer.clock.updates, **tuned.as_dict())
             if membership is not None and membership.reason is not None:
@@ -216,37 +240,103 @@ def _take(config: Config, run: RunDirectory, lock: RunLock, resume: bool) -> Non
     except OSError as error:
         raise RunDirectoryError(f"{run.path}: cannot be used: {error.strerror or error}") from None
     if resume:
+        check_format(run)
         check_same_run(config, run)
-        keep_choices(config, run)
-    checkpoint.remove_partial(run.path)
-    checkpoint.remove_partial(run.checkpoints)
 
 
-def _scalars(config: Config, run: RunDirectory, resumed: _Resumed) -> Scalars | None:
+def _begin(
+    config: Config,
+    run: RunDirectory,
+    resumed: _Resumed,
+    resume: bool,
+    journal: Journal,
+    held: ExitStack,
+) -> Attempt:
+    """Rank 0: take over what the checkpoint knows of, be the newest attempt from here on, and open
+    its journal."""
+    draft = resumed.draft
+    if draft is None:
+        draft = Draft(run, fresh=not resume, before=environment.attempts_before())
+        held.callback(draft.discard)
+    resumed.furthest = furthest(run)
+    resumed.lines_missing = draft.take_records(resumed.position)
+    with draft.making():
+        if resume:
+            keep_choices(config, draft.run)
+        else:
+            write_atomic(draft.run.config, dump_config(config).encode())
+    attempt = draft.commit()
+    journal.open(attempt, _scalars(config, attempt, resumed))
+    return attempt
+
+
+def _scalars(config: Config, attempt: Attempt, resumed: _Resumed) -> Scalars | None:
     seen = resumed.state["samples_seen"] if resumed.state else 0
-    return open_scalars(config.train.tensorboard, run, seen)
+    with attempt.writing():
+        scalars = open_scalars(config.train.tensorboard, attempt.run, seen)
+        attempt.publish()
+        return scalars
 
 
-def _resume(run: RunDirectory, comm: Communicator) -> _Resumed:
+def _resume(
+    config: Config, run: RunDirectory, comm: Communicator, model: nn.Module, held: ExitStack
+) -> _Resumed:
     """The newest valid checkpoint, read by rank 0 and given to all, so that all have the same."""
-    resumed = together(comm, lambda: _find(run) if comm.rank == 0 else _Resumed())
+    resumed = together(
+        comm, lambda: _find(config, run, model, held) if comm.rank == 0 else _Resumed()
+    )
     resumed.content = broadcast_bytes(comm, resumed.content if comm.rank == 0 else None, "resume")
     if resumed.content:
-        resumed.state = together(
-            comm, lambda: checkpoint.load_state(resumed.content, resumed.name or "checkpoint")
-        )
+        name = resumed.name or "checkpoint"
+        resumed.state = together(comm, lambda: checkpoint.load_state(resumed.content, name))
         resumed.content = b""  # not held in memory for the length of the run
     return resumed
 
 
-def _find(run: RunDirectory) -> _Resumed:
-    resumed = _Resumed()
-    found = checkpoint.newest_valid(
-        run.checkpoints, lambda path, why: resumed.rejected.append((path.name, why))
-    )
-    if found is not None:
-        resumed.content, resumed.name = found.content, found.path.name
+def _find(config: Config, run: RunDirectory, model: nn.Module, held: ExitStack) -> _Resumed:
+    """Rank 0: what the next attempt is to begin from, in a folder of its own already."""
+
+    def check(content: bytes, name: str) -> None:
+        state = checkpoint.load_state(content, name)
+        with _fitting(name):
+            check_same_settings(state.get("settings"), config, name)
+            checkpoint.check_fits(state, model, name)
+
+    draft = Draft(run, before=environment.attempts_before())
+    held.callback(draft.discard)
+    resumed = _Resumed(draft=draft)
+    with draft.making():
+        found = checkpoint.newest_valid(
+            draft.run.checkpoints,
+            lambda path, why: resumed.rejected.append((path.name, why)),
+            check,
+        )
+        if found is not None:
+            checkpoint.set_aside(draft.run.checkpoints, found.update)
+            resumed.content, resumed.name = found.content, found.path.name
     return resumed
+
+
+def _restore(trainer: Trainer, resumed: _Resumed) -> None:
+    assert resumed.state is not None  # noqa: S101 - for the type checker
+    with _fitting(resumed.name or "checkpoint"):
+        trainer.load_state_dict(resumed.state)
+
+
+@contextmanager
+def _fitting(name: str) -> Iterator[None]:
+    """Around what takes a checkpoint's values for what they should be: raises CheckpointError for
+    whatever comes of keys and types that are not as they were saved."""
+    try:
+        yield
+    except HarnessError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{name}: it is not of this configuration and version "
+            f"({type(error).__name__}: {one_line(str(error), 300)}); resume with what it was made "
+            "with, or start anew in another --run-dir"
+        ) from None
 
 
 def _start_timeline(run: RunDirectory, comm: Communicator, display: Display) -> None:
@@ -301,13 +391,16 @@ def _introduce(
     trainer: Trainer,
     journal: Journal,
     resumed: _Resumed,
+    display: Display,
 ) -> None:
     """Rank 0: write down who runs, on what, and from where."""
     attempts = sum(1 for r in read_jsonl(run.events) if r and r.get("kind") in ("start", "resume"))
     provenance = collect(comm)
     if run.provenance.exists():
-        with suppress(ValueError, AttributeError):  # a broken one is written anew
-            first = json.loads(run.provenance.read_text(encoding="utf-8"))
+        with suppress(
+            OSError, ValueError, AttributeError, TypeError, RecursionError
+        ):  # written anew
+            first = json.loads(read_text(run.provenance))
             provenance = {**first, "attempts": [*first.get("attempts", []), provenance]}
     write_json(run.provenance, provenance)
     if not run.plan.exists():
@@ -323,11 +416,16 @@ def _introduce(
         checkpoint=resumed.name or None,
         metrics_lines_missing=resumed.lines_missing,
         start_seconds=environment.seconds_since_launch(),
+        seconds_since_end=environment.seconds_since_end(),
         updates_repeated=max(0, resumed.furthest[0] - trainer.clock.updates),
         samples_repeated=max(0, resumed.furthest[1] - trainer.clock.samples),
     )
     for name, why in resumed.rejected:
         journal.event("checkpoint_rejected", trainer.clock.updates, file=name, reason=why)
+        display.say(
+            f"harness: warning: checkpoint {name} is passed over: {why}; going on from "
+            f"{resumed.name or 'the start'}"
+        )
 
 
 def _set_threads(config: Config) -> None:

@@ -26,6 +26,17 @@ class _CoreLoader(yaml.SafeLoader):
     """SafeLoader with the scalar rules of YAML 1.2's core schema."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Raises RecursionError early: with each level of brackets, scanning takes longer."""
+        self._depth += 1
+        if self._depth > _MAX_DEPTH + 2:
+            raise RecursionError
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
 
 class _CoreDumper(yaml.SafeDumper):

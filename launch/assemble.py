@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from harness.errors import ConfigError, LaunchError
 from harness.launch_schema import Launch
 from harness.records import RunDirectory
 from harness.schema import Comm, Config
+from harness.yamlfile import one_line
 from launch import detect, elastic, horovodrun, local, mpirun, srun
 from launch.containers import container_command, container_srun_options
 from launch.hosts import fill, parse_hosts, read_hostfile, slurm_hosts, this_host
@@ -114,6 +116,9 @@ def completed(spec: LaunchSpec, launcher: Launcher, launch: Launch) -> LaunchSpe
 
     Asks the machine which MPI it has, if ``launch`` does not say. Raises LaunchError.
     """
+    here = os.getcwd()
+    if launcher == "horovodrun" and spec.controller == "gloo" and shlex.quote(here) != here:
+        _refuse_remote(spec, here)
     by_mpirun = launcher in ("mpirun", "horovodrun") and spec.controller == "mpi"
     mpi = launch.mpi or (detect.installed_mpi() if by_mpirun else "openmpi4")
     spec = replace(
@@ -135,12 +140,24 @@ def completed(spec: LaunchSpec, launcher: Launcher, launch: Launch) -> LaunchSpe
     return replace(spec, environment={**own, **spec.environment})
 
 
+def _refuse_remote(spec: LaunchSpec, here: str) -> None:
+    """horovodrun hands the working directory to other hosts' shells as it is."""
+    others = [host.name for host in spec.hosts if not is_local(host.name)]
+    if others:
+        raise LaunchError(
+            f"the working directory {one_line(here, 300)} has characters in its name that the "
+            f"shells of other hosts ({', '.join(others[:4])}) read as something else, and "
+            "horovodrun --gloo does not quote it; start from another directory, or set "
+            "comm.controller=mpi"
+        )
+
+
 def command_line(job: Job, spec: LaunchSpec) -> tuple[LaunchSpec, list[str]]:
     """The launcher's words for a launch; with ``launch.elastic`` as a world of ranks that may come
     and go, up to what the run may grow to, which has other variables too."""
     if not job.config.launch.elastic:
         return spec, MODULES[job.launcher].arguments(spec)
-    folder = job.directory.path.resolve() / "elastic"
+    folder = job.directory.elastic.resolve()
     most = max(job.grow, spec.ranks)
     variables = {**spec.environment, **elastic.variables(1, most, folder)}
     del variables[environment.WORLD_SIZE]
@@ -181,10 +198,16 @@ def _variables(job: Job, hosts: tuple[Host, ...], ranks: int) -> dict[str, str]:
         environment.GROW: str(job.grow),
         environment.LAUNCHER: job.launcher,
         environment.LAUNCHED_AT: "",  # known when they are
+        **hang_variable(None if job.words else config.launch.hang_seconds),
         environment.RANKS_PER_GPU: str(config.launch.ranks_per_gpu),
         environment.MPS: str(int(config.launch.mps)),
     }
     return settings
+
+
+def hang_variable(seconds: float | None) -> dict[str, str]:
+    """What makes ranks give signs of life; nothing where nobody looks for them."""
+    return {} if seconds is None else {environment.HANG: f"{seconds:g}"}
 
 
 def inherited(hosts: tuple[Host, ...], threads: int | None) -> dict[str, str]:

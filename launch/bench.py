@@ -99,7 +99,7 @@ def bench(request: BenchRequest) -> int:
     directory = request.out or _fresh(task.config)
     _earlier(task, directory)  # refuses what is no bench, or another one
     created = make_directory(directory, "directory (-o)")
-    with RunLock(RunDirectory(directory), "launch.lock"):
+    with RunLock(RunDirectory(directory), "launch.lock", needed=True):
         # What there is now: another process may have gone on with it until a moment ago.
         earlier = _earlier(task, directory) if holds_bench(directory) else None
         try:
@@ -418,7 +418,10 @@ class Runner:
     def _book(self, shape: Shape, number: int, directory: RunDirectory) -> str:
         windows = read_windows(directory)
         repeat, warmup = measured(number, windows)
-        shutil.rmtree(directory.checkpoints, ignore_errors=True)  # nobody goes on with this run
+        # Nobody goes on with this run.
+        shutil.rmtree(directory.newest().checkpoints, ignore_errors=True)
+        if directory.checkpoints.is_symlink():
+            directory.checkpoints.unlink()
         if shape.ranks >= self._results.ranks:
             self._results.ranks = shape.ranks
             self._results.bytes = bytes_per_update(windows)
@@ -451,11 +454,14 @@ class Runner:
             words=words,
         )
         spec, argv = command_line(job, build_spec(job, task.hosts, shape.ranks, resume=False))
+        patience = None if words else task.configs[shape].launch.hang_seconds
         self._current = directory
         if self.stopper.asked:  # between the last look and now
             self.stop()
         try:
-            ended = execute(argv, spec, task.launcher, directory, self._display, self.stopper)
+            ended = execute(
+                argv, spec, task.launcher, directory, self._display, self.stopper, patience
+            )
         finally:
             self._current = None
             self._display.clear()

@@ -21,12 +21,15 @@ class Death:
     """None with no signal either: it went without a word, such as without MPI_Finalize."""
     signal: int | None = None
     host: str | None = None
+    out_of_memory: bool = False
+    """The launcher says that the kernel did it because memory ran out."""
 
 
 # srun writes the signal's name, or Slurm's own word for what the kernel's OOM killer has ended.
+_OUT_OF_MEMORY = "Out Of Memory"
 _NAMES = {
     **{signal.strsignal(number): int(number) for number in signal.valid_signals()},
-    "Out Of Memory": int(signal.SIGKILL),
+    _OUT_OF_MEMORY: int(signal.SIGKILL),
 }
 _NAMED = "|".join(re.escape(name) for name in _NAMES if name)
 
@@ -86,7 +89,8 @@ def first_death(output: str) -> Death | None:
     rank, host = found.get("rank"), found.get("host")
     # srun tells of several nodes at once where the same has happened on all of them.
     host = None if host and "[" in host else host
-    return Death(int(rank) if rank else None, code, number, host)
+    memory = found.get("name") == _OUT_OF_MEMORY
+    return Death(int(rank) if rank else None, code, number, host, memory)
 
 
 def _first(patterns: Iterable[re.Pattern[str]], output: str) -> re.Match[str] | None:

@@ -26,6 +26,7 @@ from harness import environment
 from harness.errors import ConfigError, LaunchError
 from harness.records import write_atomic
 from harness.schema import Config
+from launch import horovodrun
 from launch.deaths import Death
 from launch.spec import Host, LaunchSpec
 
@@ -97,7 +98,7 @@ def arguments(
             f"{spec.ranks}; ranks.start must lie between them"
         )
     return [
-        "horovodrun",
+        *horovodrun.program("gloo"),
         "--gloo",
         "-np",
         str(spec.ranks),
@@ -152,7 +153,7 @@ def write_discovery(folder: Path, hosts: Sequence[Host], ranks: int) -> Path:
     write_atomic(folder / "wanted", f"{ranks}\n".encode())
     script = folder / SCRIPT
     write_atomic(script, script_text(folder).encode())
-    script.chmod(0o755)
+    script.chmod(0o700)
     _write_ssh(folder / "bin")
     return script
 
@@ -163,7 +164,7 @@ def _write_ssh(folder: Path) -> None:
         return
     folder.mkdir(exist_ok=True)
     write_atomic(folder / "ssh", _SSH.format(ssh=shlex.quote(ssh)).encode())
-    (folder / "ssh").chmod(0o755)
+    (folder / "ssh").chmod(0o700)
 
 
 def script_text(folder: Path) -> str:

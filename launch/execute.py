@@ -11,19 +11,23 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Self
 
 from harness.errors import LaunchError
+from harness.processes import descendants, killed_for_memory
 from harness.progress import Display, parse_relayed
 from harness.records import RunDirectory
+from harness.redact import is_secret
 from launch.deaths import rank_tag
+from launch.hangs import HangWatch
 from launch.outcome import Ended
 from launch.spec import LaunchSpec
 
 _TIED = str(Path(__file__).with_name("tied.py"))
+_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 _GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 _LAST_LINES = 200  # of the launcher's own, by which its end is judged
 
@@ -33,7 +37,14 @@ def child_environment(spec: LaunchSpec) -> dict[str, str]:
     mpirun and horovodrun lie there in a virtual environment that nobody has activated."""
     here = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", os.defpath)
-    return {**os.environ, "PATH": f"{here}{os.pathsep}{path}", **spec.environment}
+    # horovodrun writes all names into a line that a shell reads, and without MPI all values too,
+    # on this host and on others, where everybody may read the command lines of processes.
+    told = {
+        name: value
+        for name, value in os.environ.items()
+        if _NAME.fullmatch(name) and not (spec.controller == "gloo" and is_secret(name))
+    }
+    return {**told, "PATH": f"{here}{os.pathsep}{path}", **spec.environment}
 
 
 def execute(
@@ -43,20 +54,30 @@ def execute(
     directory: RunDirectory,
     display: Display,
     stopper: Stopper,
+    hang_seconds: float | None = None,
 ) -> Ended:
     """Run a launcher to its end, showing what the ranks print.
 
-    The command, and all that it prints, is added to the directory's launch.log. Raises LaunchError
-    if the launcher is not there.
+    The command, and all that it prints, is added to the directory's launch.log. ``hang_seconds``:
+    after so long without a sign of any rank it is ended; the ranks must have been asked to give
+    signs (`launch.assemble.hang_variable`). Raises LaunchError if the launcher is not there.
     """
-    with directory.launch_log.open("a", encoding="utf-8") as log:
-        log.write(f"$ {spec.as_shell_command(argv)}\n")
+    watch = None if hang_seconds is None else HangWatch(hang_seconds, spec, launcher, directory)
+    killed_before = killed_for_memory()
+    with _Log(directory.launch_log) as log:
+        log.write(f"$ {spec.as_log_line(argv)}\n")
         process = _start(argv, spec)
-        with stopper.watching(process, display):
-            own_words = _pump(process, display, log, rank_tag(launcher, spec.mpi))
+        beside: AbstractContextManager[None] = nullcontext()
+        if watch is not None:
+            beside = watch.beside(process, lambda: kill_group(process))
+        with stopper.watching(process, display), beside:
+            own_words = _pump(process, display, log, rank_tag(launcher, spec.mpi), watch)
             code = process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
             kill_group(process)  # ranks that outlived their launcher
-    return Ended(code, own_words)
+    killed = killed_for_memory() - killed_before
+    return Ended(code, own_words, watch.hang if watch else None, killed)
 
 
 def _start(argv: Sequence[str], spec: LaunchSpec) -> subprocess.Popen[str]:
@@ -78,28 +99,69 @@ def _start(argv: Sequence[str], spec: LaunchSpec) -> subprocess.Popen[str]:
     )
 
 
+class _Log:
+    """launch.log, which is for people: that it cannot grow does not end a run."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[bytes] | None = None
+        with suppress(OSError):
+            self._file = path.open("ab", buffering=0)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            if self._file is not None:
+                self._file.write(text.encode())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+
+
 def _pump(
-    process: subprocess.Popen[str], display: Display, log: IO[str], tag: re.Pattern[str] | None
+    process: subprocess.Popen[str],
+    display: Display,
+    log: _Log,
+    tag: re.Pattern[str] | None,
+    watch: HangWatch | None,
 ) -> str:
     own_words: deque[str] = deque(maxlen=_LAST_LINES)
     assert process.stdout is not None  # noqa: S101 - it is a pipe, for the type checker
     for line in process.stdout:
-        with suppress(OSError):  # a log that cannot grow does not end a run
-            log.write(line)
-            log.flush()
-        status = parse_relayed(line)
-        if status is not None:
-            display.show(status)
-            continue
-        tags = tag.findall(line) if tag else []
-        if not tags:
-            own_words.append(line)
-        if tags or not tag:
-            text = tag.sub("", line).rstrip() if tag else line.rstrip()
-            if text:
-                first = not tags or tags[0] == "0"
-                display.say(text if first else f"[rank {tags[0]}] {text}")
+        if watch is None:
+            _handle(line, display, log, tag, own_words)
+        elif not watch.takes(line):
+            with watch.handling():
+                if _handle(line, display, log, tag, own_words):
+                    watch.progress()
     return "".join(own_words)
+
+
+def _handle(
+    line: str,
+    display: Display,
+    log: _Log,
+    tag: re.Pattern[str] | None,
+    own_words: deque[str],
+) -> bool:
+    """Log and show a line of output; whether it told of progress."""
+    log.write(line)
+    status = parse_relayed(line)
+    if status is not None:
+        display.show(status)
+        return True
+    tags = tag.findall(line) if tag else []
+    if not tags:
+        own_words.append(line)
+    if tags or not tag:
+        text = tag.sub("", line).rstrip() if tag else line.rstrip()
+        if text:
+            first = not tags or tags[0] == "0"
+            display.say(text if first else f"[rank {tags[0]}] {text}")
+    return False
 
 
 class Stopper:
@@ -151,7 +213,8 @@ class Stopper:
             kill_group(self._process)
             return
         self.asked = True
-        self._ask()
+        with suppress(OSError):  # the directory is gone, and so are its ranks
+            self._ask()
         self._say(f"harness: asked the ranks to stop {self._manner} (Ctrl-C again ends them now)")
 
     def _say(self, text: str) -> None:
@@ -160,7 +223,15 @@ class Stopper:
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
-    """End a launcher's whole process group, first gently."""
+    """End a launcher's whole process group, first gently, and then all that it has started here:
+    some ranks have groups of their own, and one that is stopped heeds no request."""
+    below = descendants(process.pid) if process.poll() is None else []
+    _end_group(process)
+    for left in below:
+        left.kill()
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
     for number, patience in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, 0.0)):
         try:
             os.killpg(process.pid, number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 
 from harness.errors import LaunchError
 from launch import mpirun
@@ -16,7 +17,7 @@ def arguments(spec: LaunchSpec) -> list[str]:
     Raises LaunchError for what it cannot do with the MPI, or without one.
     """
     hosts = fill(spec.ranks, spec.hosts)
-    words = ["horovodrun", "-np", str(spec.ranks), "-H", ",".join(map(str, hosts))]
+    words = [*program(spec.controller), "-np", str(spec.ranks), "-H", ",".join(map(str, hosts))]
     words.append(f"--{spec.controller}")
     interface_settings(spec.interfaces)  # refuses what the shell that starts mpirun would read
     if spec.interfaces and len(hosts) > 1:  # on this host alone it takes the loopback, or stops
@@ -29,6 +30,11 @@ def arguments(spec: LaunchSpec) -> list[str]:
             "set comm.controller=mpi, or launch.bind=none and ranks.pin=true"
         )
     return [*words, *spec.command]
+
+
+def program(controller: str) -> list[str]:
+    """horovodrun; without MPI the one that keeps its store to the ranks (``launch.closed``)."""
+    return ["horovodrun"] if controller == "mpi" else [sys.executable, "-m", "launch.closed"]
 
 
 def _binding(spec: LaunchSpec, slots: set[int]) -> list[str]:

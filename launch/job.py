@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import signal
 import sys
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, help="directory of the series that the run is part of")
     options = parser.parse_args(arguments)
     number = os.environ.get("SLURM_JOB_ID", "")
-    if not number.isdigit():
+    if not re.fullmatch("[0-9]{1,18}", number):
         print("harness: SLURM_JOB_ID is not set; a batch script calls this", file=sys.stderr)
         return 2
     # They are for the run, which has ended; and this must come to its end.
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run_dir,
         options.base or options.run_dir,
         number,
-        int(restarts) if restarts.isdigit() else 0,
+        int(restarts) if re.fullmatch("[0-9]{1,9}", restarts) else 0,
     )
     try:
         return _go_on(ending)

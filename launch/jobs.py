@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.errors import LaunchError, RunDirectoryError
-from harness.records import RunDirectory, RunLock, now, write_json
+from harness.records import RunDirectory, RunLock, now, read_text, write_json
 
 _PATIENCE = 60.0  # seconds; a busy controller answers late
 _OVER = frozenset(
@@ -110,7 +110,7 @@ def list_path(run_dir: Path) -> Path:
 def list_lock(run_dir: Path) -> Iterator[None]:
     """Held by a process while it changes the list. Raises RunDirectoryError if another one does not
     let go of it."""
-    lock = RunLock(RunDirectory(run_dir), "slurm/jobs.lock")
+    lock = RunLock(RunDirectory(run_dir), "slurm/jobs.lock", needed=True)
     lock.acquire(_PATIENCE)
     try:
         yield
@@ -123,14 +123,12 @@ def read_list(run_dir: Path) -> JobList:
     be understood."""
     path = list_path(run_dir)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
         jobs = [Submitted(**job) for job in found.pop("jobs")]
         points = [Point(**point) for point in found.pop("points")]
-        if not all(str(job.id).isdigit() and isinstance(job.id, str) for job in jobs):
-            raise ValueError("a job's id is no number")
-        if not all(isinstance(point.directory, str) for point in points):
-            raise ValueError("a point's directory is no text")
-        return JobList(jobs=jobs, points=points, **found)
+        listed = JobList(jobs=jobs, points=points, **found)
+        _check(listed)
+        return listed
     except FileNotFoundError:
         return JobList()
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -138,6 +136,42 @@ def read_list(run_dir: Path) -> JobList:
             f"{path} cannot be read ({type(error).__name__}); without it the jobs are not known: "
             "look at squeue, then move it away"
         ) from None
+
+
+def _check(listed: JobList) -> None:
+    """Raise ValueError or TypeError for a list that no harness has written: what is in it ends up
+    on command lines and in paths."""
+    for job in listed.jobs:
+        if not (isinstance(job.id, str) and _ID.fullmatch(job.id)):
+            raise ValueError("a job's id is no number")
+        if not all(isinstance(number, str) and _ID.fullmatch(number) for number in job.after):
+            raise ValueError("a job waits for what is no number")
+        texts = (job.name, job.kind, job.condition, job.script, job.time)
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("what describes a job is no text")
+        _check_counts(job.ranks, job.nodes, 0 if job.segment is None else job.segment)
+    for point in listed.points:
+        if not isinstance(point.directory, str) or not _FOLDER.fullmatch(point.directory):
+            raise ValueError("a point's directory is no name")
+        if not all(isinstance(text, str) for text in point.settings):
+            raise TypeError("a point's setting is no text")
+        _check_counts(point.ranks, point.nodes)
+    if listed.kind not in ("run", "sweep", "scaling", "probe"):
+        raise ValueError("of no kind that is known")
+    if not isinstance(listed.directory, str) or "\0" in listed.directory:
+        raise TypeError("its directory is no text")
+    if not isinstance(listed.history, list):
+        raise TypeError("its history is no list")
+
+
+def _check_counts(*values: object) -> None:
+    if not all(type(value) is int and 0 <= value < 2**53 for value in values):
+        raise ValueError("a number of ranks or nodes is none")
+
+
+_ID = re.compile("[0-9]{1,18}")
+_FOLDER = re.compile(r"(?!\.\.?$)[^/\0]+")
+"""A name in a directory, which leads nowhere else."""
 
 
 def write_list(run_dir: Path, jobs: JobList) -> None:
@@ -230,7 +264,7 @@ def parse_jobs(text: str) -> Iterator[State]:
             nodes=fields.get("NodeList"),
             started=fields.get("StartTime"),
             ended=fields.get("EndTime"),
-            restarts=int(restarts) if restarts.isdigit() else 0,
+            restarts=int(restarts) if re.fullmatch("[0-9]{1,9}", restarts) else 0,
             exit_code=fields.get("ExitCode"),
         )
 

@@ -39,6 +39,11 @@ class Restarts:
     _in_a_row: int = 0
     _host: str | None = None
 
+    def ended_well(self) -> None:
+        """A launch has ended as it was to: what failed before is in no row with what fails next."""
+        self._barren = self._in_a_row = 0
+        self._host = None
+
     def after(self, host: str | None, progressed: bool, hosts: int) -> Again | GiveUp:
         """What to do after a launch on so many hosts has failed.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from harness.redact import hidden, redacted_words
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class LaunchSpec:
         """A launcher's words with the variables that it is started with, for a shell to take."""
         settings = (f"{name}={value}" for name, value in sorted(self.environment.items()))
         return shlex.join(["env", *settings, *argv])
+
+    def as_log_line(self, argv: Sequence[str]) -> str:
+        """The same without secrets, for a log."""
+        shown = {name: hidden(name, value) for name, value in self.environment.items()}
+        return replace(self, environment=shown).as_shell_command(redacted_words(list(argv)))
 
     def host_of(self, rank: int) -> str | None:
         """The host that a rank is put on: hosts are filled in order."""

@@ -6,14 +6,23 @@ import os
 import shlex
 import shutil
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from harness import environment
+from harness.attempts import (
+    check_format,
+    holder,
+    is_ours,
+    newest_launch,
+    open_launch,
+    retire_launches,
+    show_launch,
+)
 from harness.config import dump_config, load_config
 from harness.data_sizes import check_root, train_size
 from harness.errors import (
@@ -23,6 +32,8 @@ from harness.errors import (
     RankFailure,
     RunDirectoryError,
     StoppedEarly,
+    StorageError,
+    Superseded,
     UsageError,
 )
 from harness.progress import local_display
@@ -30,10 +41,13 @@ from harness.records import (
     JsonlWriter,
     RunDirectory,
     RunLock,
-    creating,
     furthest,
     make_directory,
+    newest_number,
     now,
+    numbered,
+    storage_error,
+    storing,
     write_atomic,
 )
 from harness.resume import check_same_run, has_finished, ranks_of_late, ranks_wanted
@@ -90,6 +104,7 @@ def run(request: RunRequest) -> int:
     directory.check_usable(request.resume)
     _check_alone(directory, _DYING if request.resume else 0.0)
     if request.resume:
+        check_format(directory)
         check_same_run(config, directory)
         if has_finished(directory):
             print(f"harness: the run in {directory.path} has finished already")
@@ -111,19 +126,42 @@ def run(request: RunRequest) -> int:
         spec, argv = command_line(job, spec)
         print(spec.as_shell_command(argv))
         return 0
-    created = _create(directory)
-    with RunLock(directory, "launch.lock"), Stopper(directory.stop_relay.touch) as stopper:
-        try:
-            directory.check_usable(request.resume)  # again, now that nobody else can start here
-            directory.stop_request.unlink(missing_ok=True)
-            directory.stop_relay.unlink(missing_ok=True)
+    with _held(directory, request.resume) as directory:
+        job = replace(job, directory=directory)
+        with Stopper(directory.stop_relay.touch) as stopper:
             Supervisor(job, restarts, stopper, _again_words(request)).run(ranks, request.resume)
-        except UsageError:
-            # Only with the lock: without it, the directory is another's who began at the same time.
-            if created and not directory.holds_run:
-                shutil.rmtree(directory.path, ignore_errors=True)
-            raise
     return _report(directory)
+
+
+@contextmanager
+def _held(directory: RunDirectory, resume: bool) -> Iterator[RunDirectory]:
+    """The directory, made if need be, as long as this launching process has it for itself, with a
+    folder of its own.
+
+    If no run has begun when it is let go of, it is as it was before.
+    """
+    created = make_directory(directory.path, "--run-dir")
+    lock = RunLock(directory, "launch.lock")
+    with ExitStack() as held:
+        try:
+            lock.acquire()
+        except RunDirectoryError:
+            with suppress(OSError):  # unless it is in use
+                if created:
+                    directory.path.rmdir()
+            raise
+        held.callback(lock.release)
+        try:
+            directory.check_usable(resume)  # again, now that nobody else can start here
+            with storing(directory.path):
+                directory.stop_request.unlink(missing_ok=True)
+                directory = open_launch(directory)
+            yield directory
+        except UsageError:
+            if created and not directory.holds_run:
+                _remove(directory)
+                lock.discard()
+            raise
 
 
 class Supervisor:
@@ -136,6 +174,9 @@ class Supervisor:
         self._job, self._restarts, self._stopper = job, restarts, stopper
         self._words = words
         self._directory = job.directory
+        self._before = newest_number(job.directory.attempts)
+        """The newest attempt when we came; later ones are of our launches, or we are superseded."""
+        self._ended_at = ""
         self._hosts = job.hosts
         """Those that have not been left out."""
         self._untold: list[dict[str, Any]] = []
@@ -148,8 +189,9 @@ class Supervisor:
         RankFailure if it has failed and is not to be started again.
         """
         wanted = ranks
-        kept = self._directory.path / "launch.yaml"
-        write_atomic(kept, dump_config(self._job.config).encode())
+        kept = (self._directory.launch or self._directory.path) / "launch.yaml"
+        with storing(self._directory.path):
+            write_atomic(kept, dump_config(self._job.config).encode())
         while True:
             if self._stop_is_asked():
                 raise StoppedEarly(f"stopped on request before a launch; {self._how_to_go_on()}")
@@ -163,11 +205,14 @@ class Supervisor:
             before = _newest_checkpoint(self._directory)
             outcome = self._launch(spec)
             if outcome.kind == "done":
+                self._record()
                 return
-            resume = self._directory.config.exists()
+            self._ended_at = environment.moment()
+            resume = self._directory.newest().config.exists()
             # The user's file may change while the run goes on.
             self._job = replace(self._job, config_path=kept, overrides=())
             if outcome.kind == "grow":
+                self._restarts.ended_well()
                 wanted = self._grown()
             elif outcome.kind == "failed" and not self._stop_is_asked():
                 self._again(outcome, progressed=_newest_checkpoint(self._directory) != before)
@@ -216,19 +261,42 @@ class Supervisor:
     def _launch(self, spec: LaunchSpec) -> Outcome:
         for old in self._directory.failures.glob("rank-*.json"):
             old.unlink(missing_ok=True)
-        stamp = {environment.LAUNCHED_AT: f"{time.time():.3f}"}
-        spec, argv = command_line(
-            self._job, replace(spec, environment={**spec.environment, **stamp})
-        )
+        patience = self._job.config.launch.hang_seconds
+        told = {
+            environment.LAUNCHED_AT: environment.moment(),
+            environment.ATTEMPTS_BEFORE: str(self._before),
+            environment.ENDED_AT: self._ended_at,
+        }
+        variables = {**spec.environment, **told}
+        spec, argv = command_line(self._job, replace(spec, environment=variables))
         if self._job.config.launch.elastic:
-            folder = self._directory.path.resolve() / "elastic"
+            folder = self._directory.elastic.resolve()
             elastic.write_discovery(folder, self._hosts, spec.ranks)
+            show_launch(self._directory, self._directory.elastic)
         display = local_display()
         try:
-            ended = execute(argv, spec, self._job.launcher, self._directory, display, self._stopper)
+            ended = execute(
+                argv, spec, self._job.launcher, self._directory, display, self._stopper, patience
+            )
         finally:
             display.close()
+        if self._own() is not None or not newest_number(self._directory.attempts):
+            with storing(self._directory.path):
+                show_launch(self._directory, self._directory.failures)
+                retire_launches(self._directory)
         return judge(ended, spec, self._directory)
+
+    def _own(self) -> RunDirectory | None:
+        """The directory with the newest attempt's records, if that is of a launch of ours; None if
+        there is no attempt since. Raises Superseded if it is of somebody else's."""
+        newest = self._directory.newest()
+        if not is_ours(newest, self._before):
+            raise Superseded(
+                f"{self._directory.path}: this launch ends, as {holder(newest)} has taken the run "
+                "over"
+            )
+        fresh = newest.place is not None and numbered(newest.place.name) > self._before
+        return newest if fresh else None
 
     def _grown(self) -> int:
         """The ranks that the run goes on with; raises StoppedEarly if they are not to be had."""
@@ -244,7 +312,8 @@ class Supervisor:
 
     def _again(self, outcome: Outcome, progressed: bool) -> None:
         """Prepare for another launch, or raise what ended this one."""
-        self._record("fault", outcome.message, rank=outcome.rank, host=outcome.host)
+        told = {"rank": outcome.rank, "host": outcome.host, **outcome.facts}
+        self._note("fault", outcome.message, **told)
         if outcome.final:
             self._raise(outcome)
         verdict = self._restarts.after(outcome.host, progressed, len(self._hosts))
@@ -280,34 +349,44 @@ class Supervisor:
             raise StoppedEarly(f"stopped on request with a checkpoint; {go_on}")
         head, newline, rest = outcome.message.partition("\n")
         why = f"; {reason}" if reason else ""
-        raise RankFailure(f"{head}{why}; {go_on}{newline}{rest}")
+        if outcome.exit_code == Superseded.exit_code:
+            raise Superseded(outcome.message)
+        kind = StorageError if outcome.exit_code == StorageError.exit_code else RankFailure
+        raise kind(f"{head}{why}; {go_on}{newline}{rest}")
 
     def _tell(self, kind: str, text: str, **fields: Any) -> None:
         print(f"harness: {text}", file=sys.stderr)
-        self._record(kind, text, **fields)
+        self._note(kind, text, **fields)
 
-    def _record(self, kind: str, reason: str, **fields: Any) -> None:
-        """Append an event, once no rank writes any more and the run has begun."""
-        event = {"kind": kind, "time": now(), "reason": reason, **fields}
-        self._untold.append(event)
-        if not self._directory.config.exists():
-            return  # told once the run has begun
-        lock = RunLock(self._directory)
-        lock.acquire(patience=30.0)
+    def _note(self, kind: str, reason: str, **fields: Any) -> None:
+        """Append an event, once no rank writes any more; before this launch's ranks have begun, it
+        is told when they have."""
+        self._untold.append({"kind": kind, "time": now(), "reason": reason, **fields})
+        self._record()
+
+    def _record(self) -> None:
+        """Append what is to be told to the records of our own ranks. Raises Superseded."""
+        own = self._own()
+        if own is None or not self._untold:
+            return
         try:
-            events = JsonlWriter(self._directory.events)
-            events.end_line()
-            update, samples = furthest(self._directory)
-            for event in self._untold:
-                events.append({**event, "update": update, "samples_seen": samples})
-            self._untold.clear()
-            events.close()
-        finally:
-            lock.release()
+            update, samples = furthest(own)
+            events = JsonlWriter(own.events)
+            try:
+                events.end_line()
+                for event in self._untold:
+                    events.append({**event, "update": update, "samples_seen": samples})
+                events.sync()
+            finally:
+                events.close()
+        except OSError as error:  # the run's end has a reason of its own, or goes on without this
+            said = storage_error(self._directory.path, error)
+            print(f"harness: this is not in the records: {said}", file=sys.stderr)
+        self._untold.clear()
 
     def _how_to_go_on(self) -> str:
         path = self._directory.path
-        if not self._directory.config.exists():
+        if not self._directory.newest().config.exists():
             return "no update was done"
         if detect.inside_slurm_job(os.environ):
             return "harness status says what comes next"
@@ -338,7 +417,8 @@ def _take_over(directory: RunDirectory) -> None:
         if not detect.inside_slurm_job(os.environ):
             raise
         print("harness: an earlier attempt still runs; asking it to stop", flush=True)
-        directory.stop_relay.touch()
+        for run in (directory, newest_launch(directory)):  # ranks without a launch look at its own
+            run.stop_relay.touch()
         _check_alone(directory, _STOPPING)
 
 
@@ -363,7 +443,8 @@ def _again_words(request: RunRequest) -> list[str]:
 
 
 def _newest_checkpoint(directory: RunDirectory) -> str:
-    return max((path.name for path in directory.checkpoints.glob("update-*.pt")), default="")
+    folder = directory.newest().checkpoints
+    return max((path.name for path in folder.glob("update-*.pt")), default="")
 
 
 def _holds_run(request: RunRequest) -> bool:
@@ -377,7 +458,7 @@ def _holds_run(request: RunRequest) -> bool:
             f"{directory.stop_request} asks this run to stay stopped; remove that file to go on"
         )
     _take_over(directory)  # which may have begun the run
-    return directory.config.exists()
+    return directory.newest().config.exists()
 
 
 def _with_ranks(request: RunRequest, ranks: int) -> RunRequest:
@@ -435,12 +516,20 @@ def _run_directory(request: RunRequest, config: Config) -> Path:
     return Path("runs") / f"{plain_name(config.name)}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _create(directory: RunDirectory) -> bool:
-    """Make the directory if it is not there yet; whether it was not."""
-    created = make_directory(directory.path, "--run-dir")
-    with creating(directory.failures, "--run-dir"):
-        directory.failures.mkdir(exist_ok=True)
-    return created
+def _remove(directory: RunDirectory) -> None:
+    """Remove what a launch without a run has made; what is not ours stays."""
+    if directory.launch is not None:
+        shutil.rmtree(directory.launch, ignore_errors=True)
+    for name in (directory.path / "failures", directory.path / "elastic"):
+        with suppress(OSError):
+            if name.is_symlink() and not name.exists():
+                name.unlink()
+    for file in (directory.launch_log, directory.path / "lock"):
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+    for folder in (directory.launches, directory.attempts):
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _report(directory: RunDirectory) -> int:

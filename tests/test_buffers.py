@@ -12,6 +12,7 @@ from threads import WITHOUT_EXPLANATION, ThreadCommunicator, run_ranks
 from torch import Tensor, nn
 
 from harness.buffers import (
+    BuffersBefore,
     averaged_buffers,
     gather_buffers,
     gather_residuals,
@@ -138,3 +139,30 @@ def test_what_is_owed_is_kept_whatever_the_ranks_and_the_buckets(
     if new == old:
         assert torch.equal(dealt, rows)
     assert torch.allclose(dealt.double().sum(0), rows.double().sum(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_statistics_that_a_bad_update_has_spoilt_come_back(bad: float) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1))
+    # As an attention's mask, which is no number from the beginning, and not for that spoilt.
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    before = BuffersBefore(model)
+    images = torch.randn(2, 3, 4, 4)
+    model(images)
+    before.keep()
+    sound = values(model)
+    model(images)
+    assert not before.restore_if_poisoned()
+    assert not all(torch.equal(a, b) for a, b in zip(values(model), sound, strict=True))
+    before.keep()
+    sound = values(model)
+    images[0, 0, 0, 0] = bad
+    model(images)
+    assert before.restore_if_poisoned()
+    assert all(torch.equal(a, b) for a, b in zip(values(model), sound, strict=True))
+
+
+def test_a_model_without_buffers_has_nothing_to_spoil() -> None:
+    before = BuffersBefore(nn.Linear(2, 2))
+    before.keep()
+    assert not before.restore_if_poisoned()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import pickle
 from pathlib import Path
@@ -10,16 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from harness.checkpoint import (
     FORMAT,
     checkpoint_name,
     load_state,
     newest_valid,
-    remove_partial,
     save_checkpoint,
+    set_aside,
 )
+from harness.config import load_config
 from harness.errors import CheckpointError
+from harness.resume import check_same_settings, settled
+
+DEMO = Path(__file__).parents[1] / "configs" / "adabatch-digits.yaml"
 
 
 def state(update: int) -> dict[str, Any]:
@@ -90,6 +97,44 @@ def test_a_broken_one_is_passed_over_with_its_reason(how: str, tmp_path: Path) -
     assert notes[0].startswith("update-00000008.pt: its ")
 
 
+def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
+    """In every kind of place: headers, names, numbers, the pickle, its directory, the digest."""
+    save(tmp_path, 7)
+    path = save(tmp_path, 8)
+    digest = path.with_name(f"{path.name}.sha256")
+    content, words = path.read_bytes(), digest.read_bytes()
+    step = max(1, len(content) // 300)
+    for place in range(0, len(content), step):
+        broken = bytearray(content)
+        broken[place] ^= 1 << place % 8
+        path.write_bytes(broken)
+        assert rejected(tmp_path)[0] == 7, place
+    path.write_bytes(content)
+    for place in range(64):
+        digest.write_bytes(words[:place] + bytes([words[place] ^ 1]) + words[place + 1 :])
+        assert rejected(tmp_path)[0] == 7, place
+    digest.write_bytes(words)
+    assert rejected(tmp_path) == (8, [])
+
+
+@given(st.binary(max_size=300), st.integers(0, 2000), st.booleans())
+@settings(deadline=None)
+def test_bytes_that_got_past_the_digest_are_one_message(
+    noise: bytes, place: int, cut: bool
+) -> None:
+    file = io.BytesIO()
+    torch.save({"format": FORMAT, "model": {"w": torch.ones(3)}}, file)
+    content = file.getvalue()
+    place %= len(content)
+    broken = content[:place] + noise + (b"" if cut else content[place + len(noise) :])
+    said = "x.pt: "
+    try:
+        assert load_state(broken, "x.pt")["format"] in (4, FORMAT)
+    except CheckpointError as error:
+        said = str(error)
+    assert said.startswith("x.pt: ")
+
+
 def test_if_all_are_broken_it_says_so_and_if_there_is_none_it_does_not(tmp_path: Path) -> None:
     assert rejected(tmp_path / "nowhere") == (None, [])
     (tmp_path / "update-0000000x.pt").write_bytes(b"not ours")
@@ -151,25 +196,68 @@ def test_what_a_file_holds_is_not_executed(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize("found", [1, FORMAT - 1, FORMAT + 1, None, str(FORMAT)])
+@pytest.mark.parametrize("found", [1, 3, FORMAT + 1, None, str(FORMAT), True])
 def test_another_format_is_refused_by_name(found: object, tmp_path: Path) -> None:
     torch.save({"format": found, "model": {}}, tmp_path / "x.pt")
-    with pytest.raises(
-        CheckpointError, match=f"written in format {found}, .* reads format {FORMAT}"
-    ):
+    words = f"written in format {found}, .* reads formats 4 to {FORMAT}"
+    with pytest.raises(CheckpointError, match=words) as error:
         load_state((tmp_path / "x.pt").read_bytes(), "x.pt")
+    newer = found == FORMAT + 1
+    assert ("a newer version wrote it; go on with that one" in str(error.value)) == newer
+
+
+@pytest.mark.parametrize("found", [4, FORMAT])
+def test_the_formats_of_earlier_versions_are_read(found: int, tmp_path: Path) -> None:
+    torch.save({"format": found, "model": {}}, tmp_path / "x.pt")
+    assert load_state((tmp_path / "x.pt").read_bytes(), "x.pt")["format"] == found
+
+
+def test_a_newer_version_s_checkpoint_is_passed_over_for_the_newest_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 7)
+    with monkeypatch.context() as patch:
+        patch.setattr("harness.checkpoint.FORMAT", FORMAT + 1)
+        newer = save(tmp_path, 8)
+    notes: list[str] = []
+
+    def check(content: bytes, name: str) -> None:
+        load_state(content, name)
+
+    found = newest_valid(tmp_path, lambda path, why: notes.append(f"{path.name}: {why}"), check)
+    assert found is not None
+    assert found.update == 7
+    (said,) = notes
+    assert said.startswith(f"{newer.name}: written in format {FORMAT + 1}, but this version reads")
+    content = newer.read_bytes()
+    set_aside(tmp_path, found.update)
+    assert newer.with_name("update-00000008.pt.rejected").read_bytes() == content
+    assert newer.with_name("update-00000008.pt.sha256.rejected").exists()
+    assert rejected(tmp_path) == (7, [])
+
+
+def test_settings_of_another_run_are_named() -> None:
+    words = ("train.duration=3ep",)
+    config = load_config(DEMO, words)
+    mine = settled(config)
+    check_same_settings(mine, config, "x.pt")
+    check_same_settings(None, config, "x.pt")  # of format 4, which did not say
+    check_same_settings({**mine, "model.gone": 3}, config, "x.pt")  # of another version
+    check_same_settings(settled(load_config(DEMO, (*words, "data.workers=1"))), config, "x.pt")
+    other = settled(load_config(DEMO, (*words, "seed=3", "lr.base=0.5")))
+    with pytest.raises(CheckpointError, match=r"x\.pt: it is of another configuration") as error:
+        check_same_settings(other, config, "x.pt")
+    assert "lr.base: 0.5 → " in str(error.value)
+    assert "seed: 3 → 0" in str(error.value)
+
+
+def test_what_a_checkpoint_says_of_its_settings_is_read_back(tmp_path: Path) -> None:
+    mine = settled(load_config(DEMO))
+    path = save_checkpoint(tmp_path, 1, {"settings": mine}, 1, lambda: None)
+    assert load_state(path.read_bytes(), "x")["settings"] == mine
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, b"PK\x03\x04 nothing", b"hello"])
 def test_other_bytes_are_refused(content: bytes) -> None:
     with pytest.raises(CheckpointError, match=r"x\.pt: not a checkpoint"):
         load_state(content, "x.pt")
-
-
-def test_partial_files_of_dead_writers_go(tmp_path: Path) -> None:
-    path = save(tmp_path, 1)
-    (tmp_path / ".update-00000002.pt.123.tmp").write_bytes(b"half")
-    remove_partial(tmp_path)
-    remove_partial(tmp_path / "nowhere")
-    assert path in set(tmp_path.iterdir())
-    assert not list(tmp_path.glob(".*"))

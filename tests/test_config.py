@@ -163,6 +163,7 @@ FULL: dict[str, Any] = {
         "max_restarts": 0,
         "restart_pause": 0.5,
         "host_failures": 3,
+        "hang_seconds": 90.5,
         "connect_timeout": 2.5,
         "elastic": False,
     },

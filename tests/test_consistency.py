@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from harness.comm import SoloCommunicator
-from harness.consistency import _CHUNK, Divergence, check_equal, digest, digest_of
+from harness.consistency import (
+    _CHUNK,
+    Diverged,
+    Divergence,
+    check_equal,
+    check_finite,
+    digest,
+    digest_of,
+)
 from harness.errors import HarnessError
 from harness.models import build_model
 
@@ -329,3 +337,24 @@ def test_it_is_an_error_that_users_see_as_one_message() -> None:
     assert Divergence.exit_code == 1
     model = build_model("lenet5", 10, (1, 28, 28), seed=0)
     check_equal(model, optimizer_of(model), SoloCommunicator(), 1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_inf_or_nan_is_found_in_weights_and_in_what_the_optimizer_holds(value: float) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    check_finite(model, optimizer, 7)
+    name, weight = list(model.named_parameters())[1]
+    optimizer.state[weight]["momentum_buffer"][0] = value
+    with pytest.raises(Diverged, match=f"update 7 there is an inf or NaN in the .* of {name}"):
+        check_finite(model, optimizer, 7)
+    optimizer.state.clear()
+    with torch.no_grad():
+        weight[0] = value
+    with pytest.raises(Diverged, match=f"NaN in {name}, so no checkpoint was written"):
+        check_finite(model, optimizer, 7)
+    weight.requires_grad_(False)  # what is not trained may be what its maker likes
+    check_finite(model, optimizer, 7)

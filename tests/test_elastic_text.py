@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,8 +55,10 @@ def set_up(folder: Path, hosts: list[Host], wanted: int) -> Path:
 
 
 def test_arguments() -> None:
-    assert shlex.join(elastic.arguments(SPEC, 1, 4, Path("/runs/a/elastic/discover.sh"))) == (
-        "horovodrun --gloo -np 2 --min-np 1 --max-np 4 "
+    words = elastic.arguments(SPEC, 1, 4, Path("/runs/a/elastic/discover.sh"))
+    assert words[:3] == [sys.executable, "-m", "launch.closed"]
+    assert shlex.join(words[3:]) == (
+        "--gloo -np 2 --min-np 1 --max-np 4 "
         "--host-discovery-script /runs/a/elastic/discover.sh --network-interfaces lo "
         "--blacklist-cooldown-range 10 600 /venv/bin/python -m harness train 'my config.yaml'"
     )

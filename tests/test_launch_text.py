@@ -106,7 +106,7 @@ def grid(launcher: str) -> Iterator[tuple[str, LaunchSpec]]:
 
 def rendered(launcher: ModuleType, spec: LaunchSpec) -> str:
     try:
-        words = launcher.arguments(spec)
+        words = ["python" if word == sys.executable else word for word in launcher.arguments(spec)]
     except LaunchError as error:
         return f"refused: {error}"
     settings = sorted(launcher.launcher_settings(spec).items())
@@ -198,8 +198,13 @@ def test_srun_is_not_sent_to_a_host_that_slurm_does_not_know(host: str) -> None:
 @pytest.mark.parametrize("controller", ["mpi", "gloo"])
 def test_horovodrun(controller: Literal["mpi", "gloo"]) -> None:
     spec = replace(SPEC, controller=controller)
+    program = horovodrun.program(controller)
+    assert (
+        program
+        == {"mpi": ["horovodrun"], "gloo": [sys.executable, "-m", "launch.closed"]}[controller]
+    )
     assert shlex.join(horovodrun.arguments(spec)) == (
-        f"horovodrun -np 3 -H node1:2,node2:1 --{controller} "
+        f"{shlex.join(program)} -np 3 -H node1:2,node2:1 --{controller} "
         "/venv/bin/python -m harness train 'my config.yaml' "
         "'name='\"'\"'a b'\"'\"''"
     )
@@ -533,6 +538,7 @@ def test_what_nobody_has_set_is_left_to_each_rank(
         *mpirun.DEFAULTS,
         "HARNESS_FAILURE_DIR",
         "HARNESS_GROW",
+        "HARNESS_HANG_SECONDS",
         "HARNESS_LAUNCHED_AT",
         "HARNESS_LAUNCHER",
         "HARNESS_MPS",

@@ -179,3 +179,13 @@ def test_ssh_never_asks_and_takes_no_host_for_an_option() -> None:
     words = ssh("-oProxyCommand=x", 2.4)
     assert words[:3] == ["ssh", "-o", "BatchMode=yes"]
     assert words[-2:] == ["--", "-oProxyCommand=x"]
+
+
+def test_a_kill_for_want_of_memory_is_told(directory: RunDirectory) -> None:
+    plain = judge(Ended(137, KILLED), SPEC, directory).message
+    assert "memory" not in plain
+    assert "because memory ran out" in judge(Ended(137, KILLED, None, 1), SPEC, directory).message
+    other = KILLED.replace("signal 9 (Killed)", "signal 15 (Terminated)")
+    assert "memory" not in judge(Ended(143, other, None, 1), SPEC, directory).message
+    srun = "srun: error: n1: task 0: Out Of Memory\n"
+    assert "Slurm says: out of memory" in judge(Ended(137, srun), SPEC, directory).message

@@ -341,6 +341,7 @@ class FakeRanks:
             "exit_code": exit_code,
             "message": message,
             "consequence": False,
+            "final": exit_code == 2,
             "traceback": traceback,
         }
 

@@ -489,7 +489,7 @@ def binary_files(run: Path) -> str:
 
 def yaml_loop(run: Path) -> str:
     (run / "config.yaml").write_text("name: loop\nme: &a\n  again: *a\n  list: [*a, {x: *a}]\n")
-    return "loop"
+    return "config.yaml cannot be read"
 
 
 def unfinished(run: Path) -> str:

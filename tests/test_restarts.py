@@ -25,6 +25,17 @@ def test_three_launches_without_a_checkpoint_are_a_crash_loop() -> None:
     assert verdicts[-1] == GiveUp("3 launches in a row have died without a new checkpoint")
 
 
+def test_a_launch_that_ends_well_ends_the_row() -> None:
+    """As one that stops to grow: it may have trained for hours since the failures before it."""
+    restarts = Restarts(limit=100, first_pause=2.0, host_failures=3)
+    for _ in range(2):
+        restarts.after("a", False, hosts=2)
+    restarts.ended_well()
+    verdicts = [restarts.after("a", False, hosts=2) for _ in range(2)]
+    assert verdicts == [Again(2.0), Again(4.0)]
+    assert restarts.used == 4
+
+
 def test_without_restarts_the_first_failure_is_the_last() -> None:
     assert Restarts(0, 1.0, 2).after("a", True, hosts=4) == GiveUp("")
 

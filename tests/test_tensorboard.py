@@ -20,7 +20,7 @@ from harness import tensorboard
 from harness.cli import main
 from harness.journal import Journal
 from harness.records import Position, Record, RunDirectory, read_jsonl, rewind
-from harness.tensorboard import DIRECTORY, Scalars, crc32c, framed, open_scalars
+from harness.tensorboard import Scalars, crc32c, framed, open_scalars
 
 pytest.importorskip("tensorboard")
 
@@ -38,7 +38,7 @@ def points(run: Path) -> Points:
     """Tag -> (step, value) in order, as TensorBoard itself reads and purges them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = EventAccumulator(str(run / DIRECTORY), size_guidance={"scalars": 0})
+    found = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     found.Reload()
     return {
         tag: [(event.step, event.value) for event in scalars]
@@ -88,7 +88,9 @@ def line(samples: int, **more: Any) -> Record:
 
 
 def journal(run: RunDirectory, position: Position, samples: int = 0) -> Journal:
-    return Journal(run, True, 3, position, open_scalars(True, run, samples))
+    writing = Journal(run, True, 3, position)
+    writing.open(scalars=open_scalars(True, run, samples))
+    return writing
 
 
 # The format
@@ -177,7 +179,7 @@ def test_kills_and_resumes_neither_double_nor_lose_points(
                 events = sum(1 for _ in read_jsonl(run.events))
                 position = Position(lines, events)
         writing.close()
-        newest = max((run.path / DIRECTORY).iterdir())
+        newest = max(run.tensorboard.iterdir())
         if data.draw(st.booleans()) and after:
             os.truncate(newest, newest.stat().st_size - data.draw(st.integers(1, 30)))
     rewind(run, position)
@@ -197,9 +199,9 @@ def test_a_run_that_had_no_scalars_gets_those_of_its_past(tmp_path: Path) -> Non
 
 
 def test_a_host_whose_clock_is_behind_goes_on_after_the_others(tmp_path: Path) -> None:
-    (tmp_path / DIRECTORY).mkdir()
-    (tmp_path / DIRECTORY / "events.out.tfevents.9999999998.h.1.0").touch()
-    (tmp_path / DIRECTORY / "notes").touch()
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / "events.out.tfevents.9999999998.h.1.0").touch()
+    (tmp_path / "tensorboard" / "notes").touch()
     Scalars(RunDirectory(tmp_path), 0).close()
     assert max(tmp_path.glob("tensorboard/events*")).name.startswith("events.out.tfevents.99999999")
     assert len(list(tmp_path.glob("tensorboard/events.out.tfevents.9999999999.*"))) == 1
@@ -207,8 +209,8 @@ def test_a_host_whose_clock_is_behind_goes_on_after_the_others(tmp_path: Path) -
 
 def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scalars = Scalars(RunDirectory(tmp_path), 0)
-    monkeypatch.setattr(tensorboard.os, "write", lambda fd, content: len(content) - 1)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(os, "write", lambda fd, content: len(content) - 1)
+    with pytest.raises(OSError, match="No space left on device"):
         scalars.line(line(10))
     scalars.close()
 
@@ -260,7 +262,7 @@ def test_a_killed_run_goes_on_where_its_points_end(tmp_path: Path) -> None:
     with trained(run, *words, "--resume") as process:
         said = process.communicate(timeout=200)[0]
     assert process.returncode == 0, said
-    assert len(list((run / DIRECTORY).iterdir())) == 4
+    assert len(list((run / "tensorboard").iterdir())) == 4
     assert_equal(run)
     events = [json.loads(text) for text in (run / "events.jsonl").read_text().splitlines()]
     assert sum(event["kind"] == "resume" for event in events) == 3

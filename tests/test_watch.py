@@ -284,14 +284,33 @@ def test_patience_grows_with_what_a_line_takes(tmp_path: Path) -> None:
 
 def test_a_silence_that_a_line_has_ended_is_no_hang_the_next_time(tmp_path: Path) -> None:
     path = write(tmp_path / "r", [line(640)], [START])
-    clock = NOW
-    run = Watched(path, lambda: clock)
+    ticks = 0.0
+    run = Watched(path, lambda: NOW, lambda: ticks)
     run.refresh()
     os.utime(path / "metrics.jsonl", (NOW + 500, NOW + 500))
+    ticks = 500.0
     run.refresh()
-    clock = NOW + 500 + 900
+    ticks = 500.0 + 900
     assert not run.hangs
-    clock = NOW + 500 + 1100
+    ticks = 500.0 + 1100
+    assert run.hangs
+
+
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+def test_a_clock_that_is_set_makes_no_hang_and_hides_none(jump: float, tmp_path: Path) -> None:
+    """Neither the one of this machine nor the file server's, once we have looked."""
+    path = write(tmp_path / "r", [line(640)], [START])
+    wall, ticks = NOW, 0.0
+    run = Watched(path, lambda: wall, lambda: ticks)
+    run.refresh()
+    wall, ticks = NOW + jump, 5.0
+    assert run.silence == 5.0
+    os.utime(path / "metrics.jsonl", (wall, wall))  # a line
+    run.refresh()
+    assert run.silence == 0.0
+    ticks = 40.0
+    assert not run.hangs
+    ticks = 5.0 + 120.0
     assert run.hangs
 
 
@@ -445,7 +464,7 @@ def test_the_runs_of_a_directory(
 def test_a_new_run_appears_and_one_that_is_gone_goes(tmp_path: Path) -> None:
     clock = 0.0
     (tmp_path / "slurm").mkdir()
-    several = Several(tmp_path, lambda: clock)
+    several = Several(tmp_path, ticks=lambda: clock)
     several.refresh()
     assert "0 of 0 runs done" in text_of(several)
     run = write(tmp_path / "a", [line(640)], [START, END])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from harness import pulse
 from harness.comm.base import Communicator, allreduce, broadcast_bytes
 from harness.comm.solo import SoloCommunicator
 from harness.comm.staged import StagedCommunicator
@@ -41,7 +42,9 @@ def open_communicator(
                 "use comm.backend=horovod"
             )
         return SoloCommunicator()
-    comm = _join(settings, timeline)
+    pulse.begins("joining")
+    with pulse.meeting():
+        comm = _join(settings, timeline)
     if comm.size != promised:
         found = comm.size
         comm.close()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import horovod.torch as hvd
+import psutil
 import torch
 from horovod.common.elastic import notification_manager
 from horovod.common.exceptions import HorovodInternalError
+from horovod.runner.common.util import network
 
-from harness import environment
+from harness import environment, pulse
 from harness.comm.base import Handle, device_of_rank
 from harness.comm.topology import gather_topology
 from harness.errors import HarnessError, PeerLost
@@ -65,15 +69,17 @@ class HorovodCommunicator:
         return int(hvd.local_size())
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Handle:
+        pulse.begins(name)
         with _naming_the_cause():
             return hvd.allreduce_async_(tensor, name=name, op=hvd.Sum)
 
     def wait(self, handle: Handle) -> None:
-        with _naming_the_cause():
+        with pulse.meeting(), _naming_the_cause():
             hvd.synchronize(handle)
 
     def broadcast(self, tensor: torch.Tensor, name: str) -> None:
-        with _naming_the_cause():
+        pulse.begins(name)
+        with pulse.meeting(), _naming_the_cause():
             hvd.broadcast_(tensor, root_rank=0, name=name)
 
     def close(self) -> None:
@@ -92,8 +98,33 @@ class _Listener:
 def listen_for_hosts(tell: Callable[[], None]) -> None:
     """Have ``tell`` called, in a thread, when the driver of Horovod Elastic sees other hosts that
     would change the world while this process is rank 0."""
-    notification_manager.init()
+    with _listening_at(environment.gloo_interface()):
+        notification_manager.init()
     notification_manager.register_listener(_Listener(tell))
+
+
+@contextmanager
+def _listening_at(interface: str | None) -> Iterator[None]:
+    """Have Horovod's service of this process listen on that interface, and not on all of them."""
+    address = next(
+        (
+            entry.address
+            for entry in psutil.net_if_addrs().get(interface or "", ())
+            if entry.family == socket.AF_INET
+        ),
+        None,
+    )
+    find_port = network.find_port
+    if address is not None:
+        network.find_port = lambda serve: _serving(serve((address, 0)))
+    try:
+        yield
+    finally:
+        network.find_port = find_port
+
+
+def _serving(server: Any) -> tuple[Any, int]:
+    return server, server.server_address[1]
 
 
 def start_timeline(path: Path) -> None:

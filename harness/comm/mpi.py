@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from harness.errors import LaunchError
@@ -47,6 +48,30 @@ def leave() -> None:
     mpi = _mpi4py()
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
         mpi.Finalize()
+
+
+def share_bytes(world: MPI.Intracomm, content: bytes) -> bytes:
+    """Rank 0's bytes, on every rank. Collective.
+
+    As buffers, not as objects: those mpi4py would unpickle.
+    """
+    length = np.array([len(content)], np.int64)
+    world.Bcast(length, root=0)
+    payload = np.frombuffer(content, np.uint8).copy()
+    if world.Get_rank():
+        payload = np.empty(int(length[0]), np.uint8)
+    world.Bcast(payload, root=0)
+    return payload.tobytes()
+
+
+def gather_bytes(world: MPI.Intracomm, content: bytes) -> list[bytes]:
+    """All ranks' bytes, on every rank. Collective; as buffers, as in ``share_bytes``."""
+    lengths = np.empty(world.Get_size(), np.int64)
+    world.Allgather(np.array([len(content)], np.int64), lengths)
+    ends = np.cumsum(lengths)
+    payload = np.empty(int(ends[-1]), np.uint8)
+    world.Allgatherv(np.frombuffer(content, np.uint8), [payload, lengths.tolist()])
+    return [piece.tobytes() for piece in np.split(payload, ends[:-1])]
 
 
 def raw_allreduce(world: MPI.Intracomm, tensor: torch.Tensor) -> None:

@@ -70,8 +70,7 @@ class MpiChannel:
         self.size: int = self._world.Get_size()
 
     def share(self, message: bytes) -> bytes:
-        shared: bytes = self._world.bcast(message, root=0)
-        return shared
+        return mpi.share_bytes(self._world, message)
 
 
 class HorovodrunChannel:

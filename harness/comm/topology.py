@@ -62,7 +62,7 @@ class Topology:
 def gather_topology(comm: Communicator, through_mpi: bool = True) -> Topology:
     """Collective: every rank gets all ranks' places.
 
-    Through MPI where it runs, as it carries objects of any length in one operation; otherwise (or
+    Through MPI where it runs, as it carries bytes of any length in one operation; otherwise (or
     without ``through_mpi``) by the communicator's own sums, with the same result.
     """
     mine = Place(
@@ -77,8 +77,9 @@ def gather_topology(comm: Communicator, through_mpi: bool = True) -> Topology:
     world = mpi.running_world() if through_mpi else None
     # Under torchrun, MPI may be there and have another idea of who takes part.
     if world is not None and world.Get_size() == comm.size:
-        return _ordered(world.allgather(mine))
-    told = allgather_bytes(comm, _encoded(mine), "topology")
+        told = mpi.gather_bytes(world, _encoded(mine))
+    else:
+        told = allgather_bytes(comm, _encoded(mine), "topology")
     return _ordered(Place(**json.loads(text)) for text in told)
 
 

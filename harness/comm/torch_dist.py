@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 import torch
 import torch.distributed as dist
 
-from harness import environment
+from harness import environment, pulse
 from harness.comm import mpi
 from harness.comm.base import Handle, device_of_rank
 from harness.comm.rendezvous import meet
@@ -66,14 +66,16 @@ class TorchCommunicator:
         return self._device
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Handle:
+        pulse.begins(name)
         with _naming_the_cause(dist.DistError):
             return dist.all_reduce(tensor, op=dist.ReduceOp.SUM, async_op=True)
 
     def wait(self, handle: Handle) -> None:
-        with _naming_the_cause(RuntimeError):
+        with pulse.meeting(), _naming_the_cause(RuntimeError):
             handle.wait()
 
     def broadcast(self, tensor: torch.Tensor, name: str) -> None:
+        pulse.begins(name)
         with _naming_the_cause(dist.DistError):
             handle = dist.broadcast(tensor, src=0, async_op=True)
         self.wait(handle)

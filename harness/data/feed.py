@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from harness import pulse
 from harness.data.datasets import Batch, Pending, Split
 from harness.data.sampler import GlobalBatchSampler, MicroBatch
 from harness.phases import HostClock, copies_marked
@@ -53,11 +54,13 @@ class Feed:
         stream = self._stream(seen, size, following)
         self._keep_what_fits(stream)
         for _ in range(count):
+            pulse.at("waiting for data")
             self._ask(stream, 1)
             micro, pending = self._asked.popleft()
             self._ask(stream, self._split.ahead)
             with copies_marked(clock):
                 batch = pending.take()
+            pulse.at("computing")
             yield micro, batch
 
     def close(self) -> None:
@@ -110,9 +113,16 @@ def batches(split: Split, samples: I64, size: int, device: torch.device) -> Iter
             some = samples[start : start + size]
             asked.append(split.request(some, np.zeros_like(some), 0, False, device))
             if len(asked) > split.ahead:
-                yield asked.popleft().take()
+                yield _taken(asked)
         while asked:
-            yield asked.popleft().take()
+            yield _taken(asked)
     finally:
         for pending in asked:
             pending.cancel()
+
+
+def _taken(asked: deque[Pending]) -> Batch:
+    pulse.at("waiting for data to evaluate on")
+    batch = asked.popleft().take()
+    pulse.at("evaluating")
+    return batch

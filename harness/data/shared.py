@@ -31,8 +31,16 @@ from harness.dataset_table import DATASETS
 from harness.errors import DataError
 from harness.schema import Data
 
-_SMALL = 4096  # arrays of fewer bytes stay where they are, in the pickle
 _ALIGNED = 64
+_CLASSES = {
+    "harness.data.augment": ("Affine", "CropFlip", "Cutout", "Compose"),
+    "harness.data.datasets": ("ImageData", "ImageSplit"),
+    "harness.data.encoded": ("EncodedSplit",),
+    "harness.data.folder": ("Files",),
+    "harness.data.shards": ("Members",),
+    "harness.data.workers": ("Workers",),
+}
+"""What a data set may be made of."""
 _TOKEN = 16
 _HEAD = _TOKEN + 8
 
@@ -87,7 +95,7 @@ def _check_same(comm: Communicator, topology: Topology, checksum: int | None) ->
 
 
 class Block:
-    """A data set laid out in shared memory: a token, a pickle without its large arrays, those."""
+    """A data set laid out in shared memory: a token, a pickle without its arrays, those."""
 
     def __init__(self, file: int, size: int) -> None:
         self._file: int | None = file
@@ -109,7 +117,8 @@ class Block:
             area[_HEAD : _HEAD + len(pickled)] = pickled
             for offset, array in pickler.arrays:
                 begin = start + offset
-                area[begin : begin + array.nbytes] = array.data.cast("B")
+                if array.nbytes:
+                    area[begin : begin + array.nbytes] = array.data.cast("B")
         return cls(file, start + pickler.size)
 
     @classmethod
@@ -173,7 +182,7 @@ class Block:
 
 
 class _Pickler(pickle.Pickler):
-    """Keeps large arrays apart, with the place that each is to have."""
+    """Keeps arrays apart, with the place that each is to have."""
 
     def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream, protocol=5)
@@ -182,7 +191,7 @@ class _Pickler(pickle.Pickler):
         self._known: dict[int, tuple[Any, ...]] = {}
 
     def persistent_id(self, value: object) -> tuple[Any, ...] | None:
-        if not isinstance(value, torch.Tensor | np.ndarray) or value.nbytes < _SMALL:
+        if not isinstance(value, torch.Tensor | np.ndarray):
             return None
         tensor = isinstance(value, torch.Tensor)
         if id(value) not in self._known:
@@ -197,17 +206,25 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads only what `_Pickler` has written in a process of the same user: see the token."""
+    """Reads only what `_Pickler` has written. It comes from a process of the same user (see the
+    token), or from rank 0 on another host over a network that may not be one's own: so nothing but
+    the data sets' own classes can be named in it."""
 
     block: mmap.mmap
     start: int
 
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _CLASSES.get(module, ()):
+            raise DataError(
+                f"the data that ranks share has {module}.{name} in it, which is refused"
+            )
+        return super().find_class(module, name)
+
     def persistent_load(self, place: tuple[Any, ...]) -> Any:
         tensor, offset, dtype, shape = place
-        flat = np.frombuffer(
-            self.block, np.dtype(dtype), count=int(np.prod(shape)), offset=self.start + offset
-        )
-        array = flat.reshape(shape)
+        count = int(np.prod(shape))
+        at = self.start + offset if count else 0  # what is empty may lie behind the end
+        array = np.frombuffer(self.block, np.dtype(dtype), count=count, offset=at).reshape(shape)
         return torch.from_numpy(array) if tensor else array
 
 

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from harness.benchfile import FORMAT, NAME
 from harness.errors import RunDirectoryError
 from harness.lenient import listed, number, pick
-from harness.records import Record, read_object
+from harness.records import Record, parse_config, read_object, read_text
 from harness.report.fields import clean, plural, words
 from harness.report.scaling import Point, Series, series_of
 
@@ -47,7 +45,7 @@ def load_bench(path: Path, position: int) -> Bench:
     """Read bench.json; raises RunDirectoryError where it cannot be read at all."""
     file = path / NAME
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
         raise RunDirectoryError(f"{file} cannot be read: {type(error).__name__}") from error
     if not isinstance(record, dict):
@@ -65,7 +63,7 @@ def load_bench(path: Path, position: int) -> Bench:
         task=task,
         mode=mode,
         record=record,
-        config=read_object(path / "config.yaml", yaml.safe_load),
+        config=read_object(path / "config.yaml", parse_config),
         points=points,
         series=series_of(f"bench {position} {name}", task, points, mode, f"{position}: "),
         problems=_problems(record, given, points),

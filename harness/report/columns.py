@@ -27,7 +27,7 @@ import orjson
 from numpy.typing import NDArray
 
 from harness.lenient import LARGEST, number
-from harness.records import Record, parse_line
+from harness.records import LONGEST_LINE, Record, open_regular, parse_line
 from harness.report.fields import clean
 
 Array = NDArray[np.float64]
@@ -128,12 +128,12 @@ def _parts(size: int) -> int:
 
 def _cuts(path: Path, parts: int) -> list[int]:
     """Places where lines begin, from 0 to the end of the file, that divide it about evenly."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = file.seek(0, os.SEEK_END)
         cuts = {0, size}
         for part in range(1, parts):
             file.seek(size * part // parts)
-            file.readline()
+            file.readline(LONGEST_LINE)
             cuts.add(min(file.tell(), size))
     return sorted(cuts)
 
@@ -190,12 +190,13 @@ def _join(parts: list[Columns]) -> Columns:
 def _read(path: Path, begin: int, end: int) -> Columns:
     """The lines of a file from one place, where a line begins, to another."""
     gathered = _Gathered()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(begin)
         while begin < end and (block := file.read(min(LINES * 512, end - begin))):
             begin += len(block)
             if begin < end:
-                block += (rest := file.readline())
+                # Of a line that is too long to be a record each piece is a broken line.
+                block += (rest := file.readline(LONGEST_LINE))
                 begin += len(rest)
             gathered.add(block)
     return gathered.columns()

@@ -70,7 +70,10 @@ class LayerRow:
 
 def read_layers(path: Path) -> LayerLog:
     """Read layers.jsonl; a run without one has no lines."""
-    lines, total = spread_lines(path, LOGGED)
+    try:
+        lines, total = spread_lines(path, LOGGED)
+    except OSError as error:
+        return LayerLog([], 0, [f"layers.jsonl cannot be read: {error.strerror}"])
     broken = lines.count(None)
     problems = []
     if broken:

@@ -23,7 +23,7 @@ from harness.probe_results import (
     shown_time,
 )
 from harness.probe_verdict import judge
-from harness.records import Record
+from harness.records import Record, read_text
 from harness.report.fields import MISSING, clean, count, general, instant, plural, words
 
 TIMINGS = 2_000  # more is damage
@@ -154,7 +154,7 @@ _OF_FITS = tuple(f"{operation.label}: " for operation in OPERATIONS)
 
 def _record(file: Path, problems: list[str]) -> Record | None:
     try:
-        record = json.loads(file.read_bytes())
+        record = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
         cut = "; is it cut off?" if isinstance(error, ValueError) else ""
         problems.append(f"{NAME} cannot be read: {type(error).__name__}{cut}")

@@ -85,7 +85,7 @@ def load_run(path: Path, position: int) -> Run:
     try:
         records = read_run(path, metrics=False)
         layers = read_layers(RunDirectory(path).layers)
-        columns = read_columns(RunDirectory(path).metrics)
+        columns = _columns(RunDirectory(path).metrics, records.problems)
     except (OSError, RecursionError) as error:
         raise RunDirectoryError(f"{path} cannot be read: {error}") from error
     evaluations = [_evaluation(e) for e in records.events if e.get("kind") == "evaluation"]
@@ -114,6 +114,14 @@ def load_run(path: Path, position: int) -> Run:
             *_progress(records, columns, status),
         ],
     )
+
+
+def _columns(path: Path, problems: list[str]) -> Columns:
+    try:
+        return read_columns(path)
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read: {error.strerror}")
+        return Columns()
 
 
 def _metrics_problems(path: Path, columns: Columns) -> list[str]:

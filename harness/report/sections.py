@@ -98,7 +98,9 @@ def faults_of(run: Run) -> list[Fault]:
             continue
         after = next((e for e in events[place + 1 :] if e.get("kind") == "resume"), {})
         began, again = instant(event.get("time")), instant(after.get("time"))
-        seconds = (again - began).total_seconds() if began and again and again >= began else None
+        seconds = number(after.get("seconds_since_end"))
+        if seconds is None and began and again and again >= began:
+            seconds = (again - began).total_seconds()
         found.append(
             Fault(
                 time=f"{began:%Y-%m-%d %H:%M:%S}" if began else words(event.get("time")),

@@ -189,8 +189,10 @@ def _pauses(events: list[Record]) -> list[float]:
         if event.get("kind") in ("fault", "stop"):
             ended = ended or instant(event.get("time"))
         elif event.get("kind") in ("start", "resume"):
-            begun = instant(event.get("time"))
-            if ended is not None and begun is not None and begun >= ended:
+            begun, measured = instant(event.get("time")), number(event.get("seconds_since_end"))
+            if ended is not None and measured is not None:
+                found.append(measured)
+            elif ended is not None and begun is not None and begun >= ended:
                 found.append((begun - ended).total_seconds())
             ended = None
     return found

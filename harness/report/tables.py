@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from harness.lenient import listed, number, pick
 from harness.records import PHASES, Record
+from harness.redact import HIDDEN, is_secret, redacted, redacted_words
 from harness.report.columns import COUNTS, GROUPS, TEXTS, Columns, plain
 from harness.report.csvtext import to_csv
 from harness.report.fields import (
@@ -363,20 +364,22 @@ def _leaves(value: Any, name: str, depth: int) -> Iterator[tuple[str, str]]:
     nested = depth < 12  # deeper is a YAML alias that holds itself
     if isinstance(value, Mapping) and value and nested:
         for key, entry in value.items():
+            shown = HIDDEN if entry and is_secret(str(key)) else entry
             yield from _leaves(
-                entry, f"{name}.{clean(key, 60)}" if name else clean(key, 60), depth + 1
+                shown, f"{name}.{clean(key, 60)}" if name else clean(key, 60), depth + 1
             )
     elif isinstance(value, list | tuple) and value and nested:
         if all(isinstance(entry, str | int | float | None) for entry in value):
             between = " " if name.endswith(("command", "argv")) else ", "
-            yield name, clean(between.join(clean(entry, 100) for entry in islice(value, 100)))
+            words = redacted_words(map(str, islice(value, 100)))
+            yield name, clean(between.join(clean(word, 100) for word in words))
         else:
             for place, entry in enumerate(value):
                 yield from _leaves(entry, f"{name}[{place}]", depth + 1)
     elif isinstance(value, Mapping | list | tuple):
         yield name, "…" if value else "empty"
     else:
-        yield name, "not recorded" if value is None else clean(value)
+        yield name, "not recorded" if value is None else clean(redacted(str(value)[:2000]))
 
 
 def metrics_step(run: Run) -> int:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from harness.benchfile import NAME, read_bench
 from harness.config import load_config
 from harness.errors import DataError, HarnessError
+from harness.records import open_regular, read_lines
 from harness.schedule.clock import Clock, updates_by_size
 from harness.schedule.plan import Plan, Stage, build_plan, decompose, ranks_for, run_end
 from harness.schema import Config
@@ -382,8 +383,8 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a JSON Lines file, each with its place. A last line that a killed run could
     not finish is left out."""
     try:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
+        with open_regular(file) as opened:
+            for number, line in enumerate(read_lines(opened), start=1):
                 place = f"{file}:{number}"
                 try:
                     record = json.loads(line, parse_constant=_refuse)

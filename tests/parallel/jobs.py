@@ -40,14 +40,14 @@ def here(words: list[str]) -> list[str]:
 
 
 def harness(
-    *arguments: object, cwd: Path | None = None, where: Where = here
+    *arguments: object, cwd: Path | None = None, where: Where = here, timeout: float = 280
 ) -> subprocess.CompletedProcess[str]:
     """Run a harness command to its end, whatever it is."""
     return subprocess.run(
         where(command(*arguments)),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=timeout,
         cwd=cwd,
         check=False,
     )
@@ -60,13 +60,18 @@ def train(run_dir: Path, ranks: int, *overrides: str, resume: bool = False) -> N
 
 
 def run_arguments(
-    run_dir: Path, ranks: int | None, *overrides: str, resume: bool = False
+    run_dir: Path,
+    ranks: int | None,
+    *overrides: str,
+    resume: bool = False,
+    restarts: int = 0,
 ) -> list[str]:
     """A run on that many ranks of this host; None: on as many as the configuration wants."""
     # Runs this short would never grow by ranks if their starts were weighed.
     settings = ("ranks.threads=1", "ranks.restart_seconds=0")
     arguments = ["run", str(CONFIG), *settings, *overrides]
-    arguments += ["--hosts", "localhost:4", "--run-dir", str(run_dir), "--max-restarts", "0"]
+    arguments += ["--hosts", "localhost:4", "--run-dir", str(run_dir)]
+    arguments += ["--max-restarts", str(restarts)]
     if ranks is not None:
         arguments += ["--ranks", str(ranks)]
     return [*arguments, "--resume"] if resume else arguments
@@ -119,9 +124,9 @@ class Job:
         assert rank in self.ranks, f"rank {rank} is not running: {self.process.poll()}"
         self.ranks[rank].send_signal(number)
 
-    def finish(self) -> tuple[int, str]:
+    def finish(self, timeout: float = 120) -> tuple[int, str]:
         """Exit code and everything that was printed."""
-        output, _ = self.process.communicate(timeout=120)
+        output, _ = self.process.communicate(timeout=timeout)
         return self.process.returncode, output
 
 

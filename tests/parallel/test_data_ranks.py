@@ -193,3 +193,24 @@ def test_four_ranks_need_the_memory_of_one(tmp_path: Path) -> None:
     assert alone > 170  # 60,000 × 3,072 bytes
     assert together < 1.3 * alone
     assert grown(tmp_path, 2, "apart") > 1.8 * alone
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parallel(2)
+def test_a_loading_process_that_is_stopped_is_found(config: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    words = arguments(config, directory, 2, "data.workers=1", "launch.hang_seconds=3")
+    with Job(directory, *words) as job:
+        job.wait_for_update(5)
+        stopped = workers(directory)
+        for process in stopped:
+            process.suspend()
+        assert len(stopped) == 2
+        code, output = job.finish()
+    assert code == 1, output
+    assert "has been waiting for data" in output
+    assert f"python (pid {stopped[0].pid}) is stopped, as by SIGSTOP" in output
+    assert "in finish" in (directory / "stacks" / "hang-1" / "rank-00001.txt").read_text()
+    _, alive = psutil.wait_procs(stopped, timeout=60)
+    assert alive == []

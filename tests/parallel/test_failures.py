@@ -35,9 +35,7 @@ UPDATES = 172
 
 
 def supervised(run_dir: Path, ranks: int | None, *settings: str, restarts: int = 50) -> list[str]:
-    arguments = run_arguments(run_dir, ranks, *settings)
-    arguments[arguments.index("--max-restarts") + 1] = str(restarts)
-    return arguments
+    return run_arguments(run_dir, ranks, *settings, restarts=restarts)
 
 
 @pytest.mark.timeout(900)
