@@ -130,6 +130,20 @@ def test_nothing_is_carried_over_to_other_ranks_or_micro_batches(tmp_path: Path)
     assert timed(found, 4, 2) == (pytest.approx(0.4), "scaled")
 
 
+def test_two_accumulations_with_the_same_mean_are_no_line(tmp_path: Path) -> None:
+    """Eight micro-batches are full, but the only such update was a short one of six."""
+    first = line(6.0, ranks=1, micro_batch=4, accumulation=6, global_batch=21)
+    second = {**first, "accumulation": 8, "global_batch": 30, "images_per_sec": 23 / 6.0}
+    found = read(
+        tmp_path,
+        first | {"update": 1, "samples_seen": 21},
+        first | {"update": 2, "samples_seen": 42},
+        second | {"update": 3, "samples_seen": 65},
+    )
+    assert timed(found, 1, 8, 4) == (pytest.approx(8.0), "measured")
+    assert timed(found, 1, 2, 4) == (pytest.approx(2.0), "scaled")
+
+
 SECONDS = st.floats(1e-6, 1e4)
 
 
@@ -341,16 +355,18 @@ def test_a_run_costs_what_its_own_records_say(
     per_micro: float,
 ) -> None:
     """Exactly where a line can be fitted; with one accumulation only, if time follows it."""
-    lines, times = run(made, size, fixed, per_micro)
-    seen: dict[int, set[int]] = {}
-    for one in lines:
-        seen.setdefault(one["ranks"], set()).add(one["accumulation"])
-    if min(map(len, seen.values())) < 2:
-        lines, times = run(made, size, 0.0, per_micro)
-    # The line before the first one, from which it is known what its window holds.
-    start = {**lines[0], "update": 0, "samples_seen": 0, "images_per_sec": None}
+
+    def measured(fixed: float) -> tuple[list[float], Throughput]:
+        lines, times = run(made, size, fixed, per_micro)
+        # The line before the first one, from which it is known what its window holds.
+        start = {**lines[0], "update": 0, "samples_seen": 0, "images_per_sec": None}
+        return times, read(tmp_path_factory.mktemp("x"), start, *lines)
+
+    times, throughput = measured(fixed)
+    if any(found.otherwise == "scaled" for found in throughput.times.values()):
+        times, throughput = measured(0.0)
     plan = build_plan(made, size)
-    cost = price(made, plan, read(tmp_path_factory.mktemp("x"), start, *lines))
+    cost = price(made, plan, throughput)
     assert [one.seconds for one in cost.stages] == pytest.approx(times)
     for found, row in zip(cost.stages, plan.stages, strict=True):
         begin = Clock(row.start_sample, 0, size)

@@ -478,7 +478,9 @@ def _update_times(windows: Sequence[_Window]) -> UpdateTimes:
     points = [
         (mean, _median(seconds)) for means in by_full.values() for mean, seconds in means.items()
     ]
-    fixed, per_micro = _fit(points) if len(by_full) > 1 else (0.0, 1.0)
+    # Without short updates the means are the accumulations; with them those of two may be the same.
+    line = len(by_full) > 1 and len({mean for mean, _ in points}) > 1
+    fixed, per_micro = _fit(points) if line else (0.0, 1.0)
     measured: dict[int, float] = {}
     for full, means in by_full.items():
         # Windows with a short update among them are brought to full ones along the fitted line,
@@ -488,19 +490,19 @@ def _update_times(windows: Sequence[_Window]) -> UpdateTimes:
             for mean, group in means.items()
             for seconds in group
         ])  # fmt: skip
-    if len(by_full) > 1:
+    if line:
         return UpdateTimes(measured, fixed, per_micro, "fitted")
-    ((full, seconds),) = measured.items()
-    return UpdateTimes(measured, 0.0, seconds / full, "scaled")
+    share = _median([seconds / full for full, seconds in measured.items()])
+    return UpdateTimes(measured, 0.0, share, "scaled")
 
 
 def _fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """(fixed, per_micro), both at least 0, with the least squares of time − fixed − accumulation ×
-    per_micro over points (accumulation, time)."""
+    per_micro over points (accumulation, time) with at least two accumulations."""
     count = len(points)
     mean_a, mean_t = fsum(a for a, _ in points) / count, fsum(t for _, t in points) / count
     spread = fsum((a - mean_a) ** 2 for a, _ in points)
-    slope = fsum((a - mean_a) * (t - mean_t) for a, t in points) / spread if spread else 0.0
+    slope = fsum((a - mean_a) * (t - mean_t) for a, t in points) / spread
     if slope <= 0:
         return mean_t, 0.0
     if mean_t < slope * mean_a:

@@ -81,6 +81,27 @@ def test_ranks_do_not_outlive_their_supervisor(tmp_path: Path) -> None:
             assert alive == []
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--launcher", "mpirun"),
+        pytest.param(("--launcher", "horovodrun"), marks=pytest.mark.long),
+        pytest.param(("--launcher", "horovodrun", "comm.controller=gloo"), marks=pytest.mark.long),
+    ],
+)
+def test_nor_does_one_that_stands_still(words: tuple[str, ...], tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    with Job(
+        directory, *supervised(directory, 2, "train.duration=900ep", *SETTINGS[2:]), *words
+    ) as job:
+        job.wait_for_update(20)
+        ranks = list(job.ranks.values())
+        ranks[1].suspend()
+        job.process.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=90)
+        assert alive == []
+
+
 DIES = """
 import os, signal
 from torch import nn
