@@ -65,6 +65,7 @@ from launch.spec import Host, LaunchSpec
 
 _DYING = 10.0  # seconds that ranks of a launch that was killed a moment ago may take to die
 _STOPPING = 120.0  # seconds that an earlier attempt may take to stop with a checkpoint
+_LINGERING = 30.0  # seconds that ranks may take to end after their launcher
 
 
 @dataclass(frozen=True)
@@ -312,6 +313,7 @@ class Supervisor:
 
     def _again(self, outcome: Outcome, progressed: bool) -> None:
         """Prepare for another launch, or raise what ended this one."""
+        self._await_ranks()
         told = {"rank": outcome.rank, "host": outcome.host, **outcome.facts}
         self._note("fault", outcome.message, **told)
         if outcome.final:
@@ -353,6 +355,15 @@ class Supervisor:
             raise Superseded(outcome.message)
         kind = StorageError if outcome.exit_code == StorageError.exit_code else RankFailure
         raise kind(f"{head}{why}; {go_on}{newline}{rest}")
+
+    def _await_ranks(self) -> None:
+        """Until rank 0 writes no more, which may outlive a launcher: srun gives up a node that
+        Slurm has lost, and the job may have been queued again elsewhere, which asks us all to stop.
+        One that stays is superseded by the next launch."""
+        lock = RunLock(self._directory)
+        with suppress(RunDirectoryError):
+            lock.acquire(_LINGERING)
+            lock.release()
 
     def _tell(self, kind: str, text: str, **fields: Any) -> None:
         print(f"harness: {text}", file=sys.stderr)
