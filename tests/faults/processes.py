@@ -15,6 +15,7 @@ from faults.scene import EVERY, PATIENCE, Scene, Unexpected, is_mpirun
 
 GROUP = "Processes"
 RANKS = (0, 1)
+_SLOWLY = 0.1  # seconds that a training pass takes more
 KILLED = r"was killed by signal 9 \(SIGKILL\)"
 
 
@@ -115,7 +116,8 @@ def kill_mpirun(scene: Scene) -> None:
 def kill_launcher(scene: Scene) -> None:
     update = scene.update()
     scene.finding.what = f"SIGKILL to `harness run` itself in update {update}; then --resume"
-    scene.plan("update", 1, update)
+    # horovodrun gives ranks some seconds to end, in which they would be through.
+    scene.plan("update", 1, update, pause=_SLOWLY)
     with scene.start() as job:
         scene.held(job)
         ranks = list(rank_processes(scene.run_dir).values())
