@@ -39,7 +39,8 @@ def lose(how: str, until: str, scene: Scene) -> None:
         command = scene.words(*SETTINGS)
         at = command.index("--hosts")
         command[at : at + 2] = words
-        with scene.start(words=command, where=lambda w: bed.on("n1", w)) as job:
+        there = ["env", "-C", str(scene.folder)]
+        with scene.start(words=command, where=lambda w: bed.on("n1", [*there, *w])) as job:
             scene.held(job)
             scene.strike(lambda: bed.cut("n2") if how == "cut" else bed.drop("n2"))
             scene.release()

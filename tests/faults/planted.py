@@ -139,7 +139,8 @@ class Planted(nn.Module):
                 values = PLAN.spoiled("inputs", values)
             else:
                 PLAN.hold("evaluation")
-        values = _Spoil.apply(torch.relu(self.hidden(values)))
+        # Before the ReLU, which gives back nothing where it is inactive.
+        values = torch.relu(_Spoil.apply(self.hidden(values)))
         logits: Tensor = self.out(values)
         return PLAN.spoiled("loss", logits) if self.training else logits
 

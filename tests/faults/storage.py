@@ -192,7 +192,7 @@ def foreign(scene: Scene) -> None:
     _killed_once(scene, update)
     newest = _checkpoints(scene.run_dir)[0]
     other = scene.folder / "other"
-    words = scene.words("model.options={width: 24}", "train.duration=1up", restarts=0)
+    words = scene.words("model.options={width: 24}", "train.duration=3ep", restarts=0)
     words[words.index(str(scene.run_dir))] = str(other)
     made = harness(*words, cwd=scene.folder, timeout=PATIENCE)
     assert made.returncode == 0, made.stdout + made.stderr
