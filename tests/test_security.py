@@ -121,11 +121,12 @@ def test_nothing_is_made_for_all_to_write() -> None:
 SECRET = "hunter2-very-secret"  # noqa: S105
 secret_names = st.sampled_from(
     ["WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "api_key", "KEY",
-     "_HOROVOD_SECRET_KEY", "SLURM_JWT", "my.access-token", "PGPASSWORD", "SSH_KEY_PASSPHRASE"]
+     "_HOROVOD_SECRET_KEY", "SLURM_JWT", "my.access-token", "PGPASSWORD", "SSH_KEY_PASSPHRASE",
+     "DB_PASS", "MYSQL_PWD"]
 )  # fmt: skip
 plain_names = st.sampled_from(
     ["HOROVOD_CYCLE_TIME", "OMPI_MCA_oob_tcp_keepalive_time", "MONKEY", "KEYBOARD", "NCCL_DEBUG",
-     "batch.initial", "OMP_NUM_THREADS", "HARNESS_GROW", "train.keep_checkpoints"]
+     "batch.initial", "OMP_NUM_THREADS", "HARNESS_GROW", "train.keep_checkpoints", "PWD", "OLDPWD"]
 )  # fmt: skip
 values = st.text("abcXYZ019_+/=.-", min_size=6, max_size=30)
 
@@ -159,6 +160,22 @@ def test_what_is_no_secret_stays(name: str, value: str) -> None:
     ],
 )
 def test_who_logs_in_where_is_hidden(text: str, shown: str) -> None:
+    assert redacted(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("{API_KEY: one two, B: c}", "{API_KEY: ***, B: c}"),
+        ('{API_KEY: "o\\"ne two", B: c}', "{API_KEY: ***, B: c}"),
+        ("{API_KEY: 'it''s two', B: c}", "{API_KEY: ***, B: c}"),
+        ("API_KEY='one two' train", "API_KEY=*** train"),
+        ("API_KEY=one train", "API_KEY=*** train"),
+        ('{API_KEY: "one two', "{API_KEY: ***"),  # cut off
+        ("Authorization: Bearer one", "Authorization: ***"),
+    ],
+)
+def test_a_secret_of_several_words_is_hidden_to_its_end(text: str, shown: str) -> None:
     assert redacted(text) == shown
 
 
