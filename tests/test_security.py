@@ -33,7 +33,7 @@ from harness.records import partial_name, write_atomic
 from harness.redact import HIDDEN, hidden, is_secret, redacted, redacted_words
 from launch import closed
 from launch.bootstrap.sbom import bill, normal
-from launch.execute import child_environment
+from launch.execute import _Log, child_environment
 from launch.preflight import Needs, _question, ssh
 from launch.spec import Host, LaunchSpec
 
@@ -283,6 +283,15 @@ def test_a_link_in_place_of_a_record_is_replaced_and_not_followed(tmp_path: Path
     write_atomic(target, b"new")
     assert (precious.read_bytes(), target.read_bytes()) == (b"precious", b"new")
     assert stat.S_ISREG(target.lstat().st_mode)
+
+
+def test_a_log_holds_any_name_and_does_not_wait_for_a_pipe(tmp_path: Path) -> None:
+    with _Log(tmp_path / "launch.log") as log:
+        log.write("$ train --run-dir \udcff\n")
+    assert (tmp_path / "launch.log").read_bytes() == b"$ train --run-dir \\udcff\n"
+    os.mkfifo(tmp_path / "pipe")
+    with _Log(tmp_path / "pipe") as log:
+        log.write("nobody reads\n")
 
 
 # Commands
