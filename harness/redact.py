@@ -15,9 +15,9 @@ _WORDS = (
     "(?<![A-Z])(?:API|ACCESS|AUTH|MASTER|PRIVATE|SSH)?KEYS?(?![A-Z])"
 )
 _SECRET = re.compile(_WORDS, re.IGNORECASE)
-# NAME=value, name: value and "name": "value". A value in quotes ends with them, and may hold them as
-# a shell or YAML writes them; one whose quotes do not end, with the text. After a colon one without
-# quotes may have spaces, as in YAML's mappings.
+# NAME=value, name: value and "name": "value". A value in quotes ends with them, and may hold them
+# as a shell or YAML writes them; one whose quotes do not end, with the text. After a colon one
+# without quotes may have spaces, as in YAML's mappings.
 _QUOTED = r"""\"(?:[^\"\\]|\\.)*\"|'(?:[^']|'')*'|[\"'].*"""
 _PLAIN = r"""[^\s,;&}\]\"']"""
 _SETTING = re.compile(
