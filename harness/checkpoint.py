@@ -111,12 +111,14 @@ def newest_valid(
     directory: Path,
     reject: Callable[[Path, str], None],
     check: Callable[[bytes, str], None] | None = None,
+    shown: Path | None = None,
 ) -> Found | None:
     """The newest checkpoint whose digest holds; None if there is none at all.
 
     ``check`` is given the content and the name of such a one, and raises CheckpointError if it is
-    not to be used all the same; ``reject`` is told of each one that is passed over. Raises
-    CheckpointError if there are checkpoints and all are passed over.
+    not to be used all the same; ``reject`` is told of each one that is passed over; ``shown`` is
+    the name that the directory has for users. Raises CheckpointError if there are checkpoints and
+    all are passed over.
     """
     reasons = []
     for update, path in _named(directory):
@@ -136,8 +138,8 @@ def newest_valid(
         reasons.append(f"{path.name}: {problem}")
     if reasons:
         raise CheckpointError(
-            f"{directory}: no checkpoint is valid ({'; '.join(reasons)}); restore one from a copy, "
-            "or start anew in another --run-dir"
+            f"{shown or directory}: no checkpoint is valid ({'; '.join(reasons)}); restore one "
+            "from a copy, or start anew in another --run-dir"
         )
     return None
 

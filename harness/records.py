@@ -254,11 +254,7 @@ class RunLock:
         """Take the lock; raise RunDirectoryError with its holder after ``patience`` seconds."""
         deadline = time.monotonic() + patience
         while self._fd is None:
-            try:
-                fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            except OSError as error:
-                told = f"{self._path}: cannot be opened: {error.strerror}"
-                raise RunDirectoryError(told) from None
+            fd = self._open()
             try:
                 self._take(fd, deadline)
                 if self._is_file_of(fd):  # its last holder may have removed the file meanwhile
@@ -275,6 +271,19 @@ class RunLock:
             self._path.unlink(missing_ok=True)
             with suppress(OSError):
                 self._path.parent.rmdir()
+
+    def _open(self) -> int:
+        # What the file says is replaced: it must not be another one, to which a link leads.
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            fd = os.open(self._path, flags, 0o644)
+        except OSError as error:
+            why = "it is a link" if error.errno == errno.ELOOP else error.strerror
+            raise RunDirectoryError(f"{self._path}: cannot be opened: {why}") from None
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise RunDirectoryError(f"{self._path}: cannot be locked: it is no regular file")
+        return fd
 
     def _take(self, fd: int, deadline: float) -> None:
         while True:

@@ -11,15 +11,19 @@ from collections.abc import Iterable
 
 HIDDEN = "***"
 _WORDS = (
-    "TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|JWT|"
+    "TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|JWT|AUTHORIZATION|(?<=_)(?:PASS|PWD)(?![A-Z])|"
     "(?<![A-Z])(?:API|ACCESS|AUTH|MASTER|PRIVATE|SSH)?KEYS?(?![A-Z])"
 )
 _SECRET = re.compile(_WORDS, re.IGNORECASE)
-# NAME=value, name: value and "name": "value"; a value in quotes ends with them.
+# NAME=value, name: value and "name": "value". A value in quotes ends with them, and may hold them
+# as a shell or YAML writes them; one whose quotes do not end, with the text. After a colon one
+# without quotes may have spaces, as in YAML's mappings.
+_QUOTED = r"""\"(?:[^\"\\]|\\.)*\"|'(?:[^']|'')*'|[\"'].*"""
+_PLAIN = r"""[^\s,;&}\]\"']"""
 _SETTING = re.compile(
-    rf"((?<![\w.-])[\w.-]*(?:{_WORDS})[\w-]*[\"']?\s*[=:]\s*)"
-    r"(\"[^\"]*\"|'[^']*'|[^\s,;&}\]\"']+)",
-    re.IGNORECASE,
+    rf"((?<![\w.-])[\w.-]*(?:{_WORDS})[\w-]*[\"']?\s*(?:=|(:))\s*)"
+    rf"(?:{_QUOTED}|(?(2){_PLAIN}[^\n,;&}}\]\"']*|{_PLAIN}+))",
+    re.IGNORECASE | re.DOTALL,
 )
 _USER = re.compile(r"(?<=://)[^\s/?#@]*@")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from pathlib import Path
 from typing import TypeGuard
 
-from harness.config import dump_config
-from harness.errors import CheckpointError, RunDirectoryError
+from harness.config import dump_config, load_config
+from harness.errors import CheckpointError, ConfigError, RunDirectoryError
 from harness.records import RunDirectory, of_trajectory, read_jsonl, write_atomic
 from harness.schema import Config
 from harness.yamlfile import dump_yaml, one_line, parse_yaml, read_yaml
@@ -42,14 +43,26 @@ _FREE_SECTIONS = ("paper.", "profile.", "launch.", "slurm.")
 
 def check_same_run(config: Config, run: RunDirectory) -> None:
     """Raise RunDirectoryError if the configuration would change a run's trajectory."""
-    before = _settled(read_yaml(run.newest().config).data)
-    after = _settled(parse_yaml(dump_config(config), "configuration").data)
+    before = _settled(_stored(run.newest().config))
+    after = _settled(_as_stored(config))
     changed = _changed(before, after, before.keys() | after.keys())
     if changed:
         raise RunDirectoryError(
             f"{run.path} holds a run of another configuration ({changed}); resume it "
             f"with {run.config}, or choose another --run-dir"
         )
+
+
+def _stored(path: Path) -> object:
+    """A run's configuration. Keys that came later than it have their defaults."""
+    try:
+        return _as_stored(load_config(path))
+    except ConfigError:  # of a version with other keys
+        return read_yaml(path).data
+
+
+def _as_stored(config: Config) -> object:
+    return parse_yaml(dump_config(config), "configuration").data
 
 
 def settled(config: Config) -> dict[str, object]:

@@ -310,6 +310,7 @@ def _find(config: Config, run: RunDirectory, model: nn.Module, held: ExitStack) 
             draft.run.checkpoints,
             lambda path, why: resumed.rejected.append((path.name, why)),
             check,
+            run.path / "checkpoints",
         )
         if found is not None:
             checkpoint.set_aside(draft.run.checkpoints, found.update)

@@ -5,7 +5,9 @@ Scalars resolve as in YAML 1.2's core schema, so ``1e-3`` is a number and ``no``
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,9 +125,12 @@ def one_line(text: str, limit: int = 80) -> str:
 
 
 def read_yaml(path: Path) -> Document:
-    """``parse_yaml`` of a file; a missing, huge or undecodable file is a ConfigError too."""
+    """``parse_yaml`` of a file; a missing, huge or undecodable file is a ConfigError too, and so is
+    a pipe, for whose writer one may wait for ever."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"{path}: cannot be read: it is a pipe; give a file")
             content = file.read(_MAX_BYTES + 1)
         if len(content) > _MAX_BYTES:
             raise ConfigError(f"{path}: larger than {_MAX_BYTES} bytes; this is no configuration")

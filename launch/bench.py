@@ -45,7 +45,14 @@ from harness.errors import (
     UsageError,
 )
 from harness.progress import Status
-from harness.records import RunDirectory, RunLock, make_directory, read_object, write_atomic
+from harness.records import (
+    RunDirectory,
+    RunLock,
+    make_directory,
+    read_object,
+    read_text,
+    write_atomic,
+)
 from harness.schedule.plan import build_plan
 from harness.schema import Config
 from harness.wording import counted, plain_name
@@ -207,7 +214,7 @@ def _earlier(task: Task, directory: Path) -> Bench | None:
             )
         return None
     earlier, config = read_bench(directory), directory / "config.yaml"
-    if not config.exists() or config.read_text(encoding="utf-8") != dump_config(task.config):
+    if _text(config) != dump_config(task.config):
         raise RunDirectoryError(
             f"{directory} holds a bench of another configuration ({config}); choose another -o"
         )
@@ -224,6 +231,14 @@ def _earlier(task: Task, directory: Path) -> Bench | None:
             "choose another -o"
         )
     return earlier
+
+
+def _text(path: Path) -> str | None:
+    """What a file says; None if it is none, or no text."""
+    try:
+        return read_text(path)
+    except (OSError, ValueError):
+        return None
 
 
 def _check_reachable(task: Task, directory: Path) -> None:

@@ -104,13 +104,15 @@ class _Log:
 
     def __init__(self, path: Path) -> None:
         self._file: IO[bytes] | None = None
-        with suppress(OSError):
-            self._file = path.open("ab", buffering=0)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        with suppress(OSError):  # a pipe that nobody reads is not waited for
+            self._file = os.fdopen(os.open(path, flags | os.O_NONBLOCK, 0o644), "ab", buffering=0)
 
     def write(self, text: str) -> None:
         with suppress(OSError):
             if self._file is not None:
-                self._file.write(text.encode())
+                # As the names of files have bytes that are no text.
+                self._file.write(text.encode(errors="backslashreplace"))
 
     def __enter__(self) -> Self:
         return self

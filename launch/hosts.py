@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.errors import LaunchError
+from harness.records import open_regular
 from harness.wording import counted
 from launch.spec import Host
 
@@ -18,6 +19,7 @@ _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _SLOTS = re.compile(r"[1-9][0-9]{0,5}")
 _INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,14}")
 _MOST_NAMES = 100_000  # more than any cluster has; a short text could ask for a billion
+_LARGEST = 1 << 25  # bytes of a host file, with a line for each slot of a large cluster
 _LONGEST_NAME = 253  # what DNS allows
 
 
@@ -84,12 +86,16 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
     """Read a host file as Open MPI (``name slots=4``), MPICH (``name:4``) or a batch system (a line
     with a name for each slot) writes it; ``#`` begins a comment. Raises LaunchError."""
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="replace")
+        with open_regular(path) as file:
+            content = file.read(_LARGEST + 1)
     except OSError as error:
         raise LaunchError(f"--hostfile {path}: {error.strerror or error}") from None
+    if len(content) > _LARGEST:
+        raise LaunchError(f"--hostfile {path}: larger than {_LARGEST} bytes; this is no host file")
+    text = content.decode("utf-8-sig", errors="replace")
     slots: dict[str, int] = {}
     stated = set()
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(re.split(r"\r\n?|\n", text), start=1):
         words = re.sub(r"\s*=\s*", "=", line.partition("#")[0]).split()
         if not words:
             continue

@@ -307,6 +307,16 @@ def test_another_bench_is_not_gone_on_with(
     assert read_bench(out).status == "complete"
 
 
+def test_a_bench_whose_configuration_is_no_text_is_not_gone_on_with(
+    ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert bench(out, "--ranks", "1", "--repeats", "1") == 0
+    (out / "config.yaml").write_bytes(b"\xff")
+    assert bench(out, "--ranks", "1", "--repeats", "1") == 2
+    assert "a bench of another configuration" in capsys.readouterr().err
+
+
 def test_a_directory_with_something_else_is_left_alone(
     ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

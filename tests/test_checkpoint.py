@@ -22,9 +22,11 @@ from harness.checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from harness.config import load_config
-from harness.errors import CheckpointError
-from harness.resume import check_same_settings, settled
+from harness.config import dump_config, load_config
+from harness.errors import CheckpointError, RunDirectoryError
+from harness.records import RunDirectory
+from harness.resume import check_same_run, check_same_settings, settled
+from harness.yamlfile import dump_yaml, parse_yaml
 
 DEMO = Path(__file__).parents[1] / "configs" / "adabatch-digits.yaml"
 
@@ -249,6 +251,20 @@ def test_settings_of_another_run_are_named() -> None:
         check_same_settings(other, config, "x.pt")
     assert "lr.base: 0.5 → " in str(error.value)
     assert "seed: 3 → 0" in str(error.value)
+
+
+def test_a_run_that_knew_fewer_keys_is_the_same_run(tmp_path: Path) -> None:
+    config, run = load_config(DEMO), RunDirectory(tmp_path)
+    stored = parse_yaml(dump_config(config), "x").data
+    del stored["train"]["label_smoothing"], stored["profile"], stored["optimizer"]["skip"]
+    run.config.write_text(dump_yaml(stored), encoding="utf-8")
+    check_same_run(config, run)
+    with pytest.raises(RunDirectoryError, match=r"train\.label_smoothing: 0\.0 → 0\.1"):
+        check_same_run(load_config(DEMO, ("train.label_smoothing=0.1",)), run)
+    stored["train"]["gone"] = 3  # since then
+    run.config.write_text(dump_yaml(stored), encoding="utf-8")
+    with pytest.raises(RunDirectoryError, match=r"train\.gone: 3 → None"):
+        check_same_run(config, run)
 
 
 def test_what_a_checkpoint_says_of_its_settings_is_read_back(tmp_path: Path) -> None:

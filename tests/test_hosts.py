@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -200,7 +201,9 @@ def test_a_host_file_names_a_host(text: str, tmp_path: Path) -> None:
 
 
 def test_a_host_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
-    for path, why in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
+    os.mkfifo(tmp_path / "pipe")
+    wrong = {"none": "No such file", ".": "Is a directory", "pipe": "not a regular file"}
+    for path, why in ((tmp_path / name, why) for name, why in wrong.items()):
         with pytest.raises(LaunchError, match=f"--hostfile {path}: {why}"):
             read_hostfile(path)
 

@@ -473,6 +473,21 @@ def test_a_refused_lock_leaks_no_descriptor(run: RunDirectory) -> None:
         assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_what_waits_under_the_name_of_a_lock_is_left_as_it_is(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"precious")
+    (run.path / "lock").symlink_to(precious)
+    with pytest.raises(RunDirectoryError, match="lock: cannot be opened: it is a link"):
+        RunLock(run).acquire()
+    assert precious.read_bytes() == b"precious"
+    (run.path / "lock").unlink()
+    os.mkfifo(run.path / "lock")
+    with pytest.raises(RunDirectoryError, match="lock: cannot be locked: it is no regular file"):
+        RunLock(run).acquire()
+
+
 def test_a_lock_that_cannot_be_made_is_one_message(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

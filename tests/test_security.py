@@ -33,7 +33,7 @@ from harness.records import partial_name, write_atomic
 from harness.redact import HIDDEN, hidden, is_secret, redacted, redacted_words
 from launch import closed
 from launch.bootstrap.sbom import bill, normal
-from launch.execute import child_environment
+from launch.execute import _Log, child_environment
 from launch.preflight import Needs, _question, ssh
 from launch.spec import Host, LaunchSpec
 
@@ -121,11 +121,12 @@ def test_nothing_is_made_for_all_to_write() -> None:
 SECRET = "hunter2-very-secret"  # noqa: S105
 secret_names = st.sampled_from(
     ["WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "api_key", "KEY",
-     "_HOROVOD_SECRET_KEY", "SLURM_JWT", "my.access-token", "PGPASSWORD", "SSH_KEY_PASSPHRASE"]
+     "_HOROVOD_SECRET_KEY", "SLURM_JWT", "my.access-token", "PGPASSWORD", "SSH_KEY_PASSPHRASE",
+     "DB_PASS", "MYSQL_PWD"]
 )  # fmt: skip
 plain_names = st.sampled_from(
     ["HOROVOD_CYCLE_TIME", "OMPI_MCA_oob_tcp_keepalive_time", "MONKEY", "KEYBOARD", "NCCL_DEBUG",
-     "batch.initial", "OMP_NUM_THREADS", "HARNESS_GROW", "train.keep_checkpoints"]
+     "batch.initial", "OMP_NUM_THREADS", "HARNESS_GROW", "train.keep_checkpoints", "PWD", "OLDPWD"]
 )  # fmt: skip
 values = st.text("abcXYZ019_+/=.-", min_size=6, max_size=30)
 
@@ -159,6 +160,22 @@ def test_what_is_no_secret_stays(name: str, value: str) -> None:
     ],
 )
 def test_who_logs_in_where_is_hidden(text: str, shown: str) -> None:
+    assert redacted(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("{API_KEY: one two, B: c}", "{API_KEY: ***, B: c}"),
+        ('{API_KEY: "o\\"ne two", B: c}', "{API_KEY: ***, B: c}"),
+        ("{API_KEY: 'it''s two', B: c}", "{API_KEY: ***, B: c}"),
+        ("API_KEY='one two' train", "API_KEY=*** train"),
+        ("API_KEY=one train", "API_KEY=*** train"),
+        ('{API_KEY: "one two', "{API_KEY: ***"),  # cut off
+        ("Authorization: Bearer one", "Authorization: ***"),
+    ],
+)
+def test_a_secret_of_several_words_is_hidden_to_its_end(text: str, shown: str) -> None:
     assert redacted(text) == shown
 
 
@@ -266,6 +283,15 @@ def test_a_link_in_place_of_a_record_is_replaced_and_not_followed(tmp_path: Path
     write_atomic(target, b"new")
     assert (precious.read_bytes(), target.read_bytes()) == (b"precious", b"new")
     assert stat.S_ISREG(target.lstat().st_mode)
+
+
+def test_a_log_holds_any_name_and_does_not_wait_for_a_pipe(tmp_path: Path) -> None:
+    with _Log(tmp_path / "launch.log") as log:
+        log.write("$ train --run-dir \udcff\n")
+    assert (tmp_path / "launch.log").read_bytes() == b"$ train --run-dir \\udcff\n"
+    os.mkfifo(tmp_path / "pipe")
+    with _Log(tmp_path / "pipe") as log:
+        log.write("nobody reads\n")
 
 
 # Commands

@@ -300,3 +300,8 @@ def test_one_line_is_one_printable_line(text: str) -> None:
     assert one_line(text).isprintable()
     if text.isprintable() and len(text) <= 80:
         assert one_line(text) == text
+
+
+def test_a_pipe_that_nobody_writes_into_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    unreadable(tmp_path / "pipe", "it is a pipe")

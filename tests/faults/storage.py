@@ -180,7 +180,7 @@ def all_broken(scene: Scene) -> None:
     scene.go_on()
     shutil.copytree(kept, scene.run_dir / "checkpoints", dirs_exist_ok=True)
     scene.go_on()
-    scene.judge([1, 1, 0], "no checkpoint is valid", known_by="the next start")
+    scene.judge([1, 1, 0], "/run/checkpoints: no checkpoint is valid", known_by="the next start")
 
 
 def foreign(scene: Scene) -> None:
