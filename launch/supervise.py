@@ -109,7 +109,7 @@ def run(request: RunRequest) -> int:
         check_same_run(config, directory)
         if has_finished(directory):
             print(f"harness: the run in {directory.path} has finished already")
-            return _report(directory)
+            return 0 if request.dry_run else _report(directory)
     ranks = _first_ranks(request, config, hosts, directory)
     restarts = _restarts(request, config)
     _warn(config)

@@ -229,20 +229,29 @@ def test_last_words_of_ranks(tmp_path_factory: pytest.TempPathFactory, data: st.
 # Resuming
 
 
-@fuzz(10)
-@given(st.data())
-def test_resuming_from_damaged_records(copies: Callable[[], Path], data: st.DataObject) -> None:
-    """What `--dry-run` looks at, which is what decides whether a run goes on."""
-    base = copies()
-    chosen = [path for path in records(base) if path.parent.name == "run"]
-    for path in data.draw(st.lists(st.sampled_from(chosen), min_size=1, max_size=3, unique=True)):
-        path.write_bytes(data.draw(harm(path)))
+def try_to_resume(base: Path) -> str:
+    """What `--dry-run` says, which looks at all that decides whether a run goes on."""
     before = tree(base)
-    command(
+    said = command(
         "run", DEMO, "launch.mpi=openmpi4", "--run-dir", base / "run", "--resume", "--dry-run",
         "--hosts", "localhost:4",
     )  # fmt: skip
     assert tree(base) == before
+    return said.out
+
+
+def test_a_dry_run_changes_nothing_of_what_has_finished(copies: Callable[[], Path]) -> None:
+    assert "has finished already" in try_to_resume(copies())
+
+
+@fuzz(10)
+@given(st.data())
+def test_resuming_from_damaged_records(copies: Callable[[], Path], data: st.DataObject) -> None:
+    base = copies()
+    chosen = [path for path in records(base) if path.parent.name == "run"]
+    for path in data.draw(st.lists(st.sampled_from(chosen), min_size=1, max_size=3, unique=True)):
+        path.write_bytes(data.draw(harm(path)))
+    try_to_resume(base)
 
 
 # Traces
