@@ -38,7 +38,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from harness.errors import RunDirectoryError, StorageError, Superseded
@@ -60,6 +59,7 @@ from harness.records import (
     write_atomic,
     write_json,
 )
+from harness.versions import installed_version
 from harness.yamlfile import one_line
 
 FORMAT = 1
@@ -249,7 +249,7 @@ class Draft:
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "since": now(),
-            "version": _version(),
+            "version": installed_version(),
         }
 
 
@@ -262,8 +262,8 @@ def check_format(run: RunDirectory) -> None:
         written_by = one_line(str((mark or {}).get("version")))
         raise RunDirectoryError(
             f"{run.path}: its records are in format {found}, written by version {written_by}; "
-            f"this is version {_version()}, which knows format {FORMAT}: go on with that version, "
-            "or a newer one"
+            f"this is version {installed_version()}, which knows format {FORMAT}: go on with "
+            "that version, or a newer one"
         )
 
 
@@ -397,10 +397,3 @@ def _lead(public: Path, target: Path, aside: Path) -> None:
         link.replace(public)
     finally:
         link.unlink(missing_ok=True)
-
-
-def _version() -> str | None:
-    try:
-        return version("scaling-harness")
-    except PackageNotFoundError:
-        return None

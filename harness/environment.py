@@ -75,7 +75,8 @@ other hosts that it is told of, and ranks with different ones wait for each othe
 
 
 _NUMBER = re.compile("[0-9]{1,9}")
-_JOB = re.compile("[0-9]{1,18}")
+JOB_NUMBER = re.compile("[0-9]{1,18}")
+"""Of a job of Slurm's, and of a step of one."""
 
 
 def _first(names: tuple[str, ...]) -> int | None:
@@ -288,7 +289,7 @@ def slurm_step() -> str | None:
     """The job step that this rank belongs to, as scancel takes it; None if srun has not started
     it."""
     numbers = [os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")]
-    started = launcher() == "srun" and all(map(_JOB.fullmatch, numbers))
+    started = launcher() == "srun" and all(map(JOB_NUMBER.fullmatch, numbers))
     return ".".join(numbers) if started else None
 
 

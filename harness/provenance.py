@@ -7,7 +7,6 @@ import platform
 import subprocess
 import sys
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from harness.comm.base import Communicator
 from harness.environment import host, launcher, usable_cores
 from harness.records import now
 from harness.redact import hidden, is_secret, redacted_words
+from harness.versions import PACKAGE, installed_version
 
 _PACKAGES = (
-    "scaling-harness",
+    PACKAGE,
     "torch",
     "torchvision",
     "horovod",
@@ -55,7 +55,7 @@ def collect(comm: Communicator) -> dict[str, Any]:
         "command": redacted_words([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in _PACKAGES},
+            **{name: installed_version(name) for name in _PACKAGES},
         },
         "source": _git_commit(),
         "communication": {
@@ -84,12 +84,6 @@ def _settings() -> dict[str, str]:
         and not is_secret(name)
         and not any(word in name.upper() for word in _SETTINGS_ONLY)
     }
-
-
-def _version(package: str) -> str | None:
-    with suppress(PackageNotFoundError):
-        return version(package)
-    return None
 
 
 def _processor() -> str | None:

@@ -288,7 +288,10 @@ def _resume(
     resumed.content = broadcast_bytes(comm, resumed.content if comm.rank == 0 else None, "resume")
     if resumed.content:
         name = resumed.name or "checkpoint"
-        resumed.state = together(comm, lambda: checkpoint.load_state(resumed.content, name))
+        # Rank 0 has it from where it looked whether the checkpoint fits.
+        resumed.state = together(
+            comm, lambda: resumed.state or checkpoint.load_state(resumed.content, name)
+        )
         resumed.content = b""  # not held in memory for the length of the run
     return resumed
 
@@ -296,15 +299,17 @@ def _resume(
 def _find(config: Config, run: RunDirectory, model: nn.Module, held: ExitStack) -> _Resumed:
     """Rank 0: what the next attempt is to begin from, in a folder of its own already."""
 
+    draft = Draft(run, before=environment.attempts_before())
+    held.callback(draft.discard)
+    resumed = _Resumed(draft=draft)
+
     def check(content: bytes, name: str) -> None:
         state = checkpoint.load_state(content, name)
         with _fitting(name):
             check_same_settings(state.get("settings"), config, name)
             checkpoint.check_fits(state, model, name)
+        resumed.state = state
 
-    draft = Draft(run, before=environment.attempts_before())
-    held.callback(draft.discard)
-    resumed = _Resumed(draft=draft)
     with draft.making():
         found = checkpoint.newest_valid(
             draft.run.checkpoints,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import socket
 import subprocess
 import threading
 import time
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from harness import environment
 from harness.errors import HarnessError
 from harness.processes import STATES, Look, Process, descendants, look
 from harness.pulse import MARK, MEETING, Silence, tick_of
@@ -344,16 +344,16 @@ class HangWatch:
 
     def _end(self, told: Sequence[Told], end: Callable[[], None]) -> None:
         for one in told:
-            if one.host == socket.gethostname():
+            if one.host == environment.host():
                 one.process.kill()
         self._cancel(told)
         end()
-        self._elsewhere("kill", [one for one in told if one.host != socket.gethostname()])
+        self._elsewhere("kill", [one for one in told if one.host != environment.host()])
 
     def _looked_at(self, stuck: Sequence[Stuck]) -> list[Stuck]:
         """With what can be seen from outside of those that the others wait for."""
         asked = [rank.told for rank in stuck if rank.told is not None and not rank.waits]
-        here = [told for told in asked if told.host == socket.gethostname()]
+        here = [told for told in asked if told.host == environment.host()]
         seen = {told: look(told.pid, told.begun, told.dump) for told in here}
         seen |= self._elsewhere("look", [told for told in asked if told not in seen])
         return [

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import signal
 import sys
@@ -17,12 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.config import load_config
+from harness.environment import JOB_NUMBER
 from harness.errors import HarnessError, LaunchError, StoppedEarly
 from harness.launch_schema import Slurm
 from harness.records import RunDirectory
 from harness.resume import ranks_wanted
 from harness.wording import counted
-from launch.jobs import State, ask, job_states, list_lock, read_list, write_list
+from launch.jobs import (
+    State,
+    ask,
+    job_states,
+    list_lock,
+    read_list,
+    restart_count,
+    write_list,
+)
 from launch.submit import submit_successor
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -67,17 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, help="directory of the series that the run is part of")
     options = parser.parse_args(arguments)
     number = os.environ.get("SLURM_JOB_ID", "")
-    if not re.fullmatch("[0-9]{1,18}", number):
+    if not JOB_NUMBER.fullmatch(number):
         print("harness: SLURM_JOB_ID is not set; a batch script calls this", file=sys.stderr)
         return 2
     # They are for the run, which has ended; and this must come to its end.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    restarts = os.environ.get("SLURM_RESTART_COUNT", "")
     ending = Ending(
         options.run_dir,
         options.base or options.run_dir,
         number,
-        int(restarts) if re.fullmatch("[0-9]{1,9}", restarts) else 0,
+        restart_count(os.environ.get("SLURM_RESTART_COUNT", "")),
     )
     try:
         return _go_on(ending)

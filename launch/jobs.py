@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from harness.environment import JOB_NUMBER
 from harness.errors import LaunchError, RunDirectoryError
 from harness.records import RunDirectory, RunLock, now, read_text, write_json
 
@@ -142,9 +143,11 @@ def _check(listed: JobList) -> None:
     """Raise ValueError or TypeError for a list that no harness has written: what is in it ends up
     on command lines and in paths."""
     for job in listed.jobs:
-        if not (isinstance(job.id, str) and _ID.fullmatch(job.id)):
+        if not (isinstance(job.id, str) and JOB_NUMBER.fullmatch(job.id)):
             raise ValueError("a job's id is no number")
-        if not all(isinstance(number, str) and _ID.fullmatch(number) for number in job.after):
+        if not all(
+            isinstance(number, str) and JOB_NUMBER.fullmatch(number) for number in job.after
+        ):
             raise ValueError("a job waits for what is no number")
         texts = (job.name, job.kind, job.condition, job.script, job.time)
         if not all(isinstance(text, str) for text in texts):
@@ -169,7 +172,6 @@ def _check_counts(*values: object) -> None:
         raise ValueError("a number of ranks or nodes is none")
 
 
-_ID = re.compile("[0-9]{1,18}")
 _FOLDER = re.compile(r"(?!\.\.?$)[^/\0]+")
 """A name in a directory, which leads nowhere else."""
 
@@ -256,7 +258,6 @@ def parse_jobs(text: str) -> Iterator[State]:
         if number is None or state is None:
             continue
         array, task = fields.get("ArrayJobId"), fields.get("ArrayTaskId")
-        restarts = fields.get("Restarts") or ""
         yield State(
             id=number if array is None or task is None else f"{array}_{task}",
             state=state.split(",")[0],
@@ -264,9 +265,14 @@ def parse_jobs(text: str) -> Iterator[State]:
             nodes=fields.get("NodeList"),
             started=fields.get("StartTime"),
             ended=fields.get("EndTime"),
-            restarts=int(restarts) if re.fullmatch("[0-9]{1,9}", restarts) else 0,
+            restarts=restart_count(fields.get("Restarts", "")),
             exit_code=fields.get("ExitCode"),
         )
+
+
+def restart_count(text: str) -> int:
+    """How often a job was queued again, as Slurm tells it; 0 where it tells nothing."""
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
 
 
 _FIELD = re.compile(

@@ -360,10 +360,8 @@ class Supervisor:
         """Until rank 0 writes no more, which may outlive a launcher: srun gives up a node that
         Slurm has lost, and the job may have been queued again elsewhere, which asks us all to stop.
         One that stays is superseded by the next launch."""
-        lock = RunLock(self._directory)
         with suppress(RunDirectoryError):
-            lock.acquire(_LINGERING)
-            lock.release()
+            _await_lock(self._directory, "lock", _LINGERING)
 
     def _tell(self, kind: str, text: str, **fields: Any) -> None:
         print(f"harness: {text}", file=sys.stderr)
@@ -410,10 +408,15 @@ def _check_alone(directory: RunDirectory, patience: float) -> None:
     """Raise RunDirectoryError if another launch, or ranks of one, are still there after so many
     seconds."""
     for name in ("launch.lock", "lock"):
-        if (directory.path / name).exists():
-            lock = RunLock(directory, name)
-            lock.acquire(patience)
-            lock.release()
+        _await_lock(directory, name, patience)
+
+
+def _await_lock(directory: RunDirectory, name: str, patience: float) -> None:
+    """Raise RunDirectoryError if somebody still has a lock after so many seconds."""
+    if (directory.path / name).exists():
+        lock = RunLock(directory, name)
+        lock.acquire(patience)
+        lock.release()
 
 
 def _take_over(directory: RunDirectory) -> None:

@@ -21,6 +21,7 @@ ABOVE_THE_LINE = (
     "harness.lenient",
     "harness.wording",
     "harness.redact",
+    "harness.versions",
     "harness.student",
     "harness.yamlfile",
     "harness.optimizer_table",

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -244,7 +245,8 @@ class Scene:
         said += [str(event.get("reason") or "") for event in self.events("skipped_update")]
         said += [line.removeprefix("harness: ") for line in self.output.splitlines()]
         fitting = [line for line in said if re.search(pattern, line)]
-        return min(fitting, key=len, default="").replace(str(self.run_dir), "RUN_DIR")
+        said = min(fitting, key=len, default="").replace(str(self.run_dir), "RUN_DIR")
+        return re.sub(rf"\bon {re.escape(socket.gethostname())}\b", "on HOST", said)
 
     def _when(self, known_by: str) -> None:
         if known_by == "end":

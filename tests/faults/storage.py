@@ -127,6 +127,13 @@ def _killed_once(scene: Scene, update: int) -> None:
         scene.end(job)
 
 
+def _killed_and_then(scene: Scene, what: str) -> None:
+    """The same in a random update, with words for what follows."""
+    update = scene.update()
+    scene.finding.what = f"killed in update {update}; {what}"
+    _killed_once(scene, update)
+
+
 def _checkpoints(run_dir: Path) -> list[Path]:
     """Newest first."""
     return sorted((run_dir / "checkpoints").glob("update-*.pt"), reverse=True)
@@ -161,18 +168,14 @@ DAMAGES: dict[str, tuple[Callable[[Path, Scene], None], str, str]] = {
 def broken_checkpoint(damage: str, scene: Scene) -> None:
     """The one before it is used instead."""
     change, words, said = DAMAGES[damage]
-    update = scene.update()
-    scene.finding.what = f"killed in update {update}; the newest checkpoint {words}; --resume"
-    _killed_once(scene, update)
+    _killed_and_then(scene, f"the newest checkpoint {words}; --resume")
     change(_checkpoints(scene.run_dir)[0], scene)
     scene.go_on()
     scene.judge([1, 0], said, known_by="the next start", repeated=2 * EVERY)
 
 
 def all_broken(scene: Scene) -> None:
-    update = scene.update()
-    scene.finding.what = f"killed in update {update}; all checkpoints broken; --resume; restored"
-    _killed_once(scene, update)
+    _killed_and_then(scene, "all checkpoints broken; --resume; restored")
     kept = scene.folder / "kept"
     shutil.copytree(scene.run_dir / "checkpoints", kept)
     for path in _checkpoints(scene.run_dir):
@@ -185,11 +188,7 @@ def all_broken(scene: Scene) -> None:
 
 def foreign(scene: Scene) -> None:
     """A whole and valid checkpoint, but of another model."""
-    update = scene.update()
-    scene.finding.what = (
-        f"killed in update {update}; the newest checkpoint is another configuration's; --resume"
-    )
-    _killed_once(scene, update)
+    _killed_and_then(scene, "the newest checkpoint is another configuration's; --resume")
     newest = _checkpoints(scene.run_dir)[0]
     other = scene.folder / "other"
     words = scene.words("model.options={width: 24}", "train.duration=3ep", restarts=0)
@@ -203,11 +202,7 @@ def foreign(scene: Scene) -> None:
 
 def newer(scene: Scene) -> None:
     """A whole checkpoint in a format that is not known yet."""
-    update = scene.update()
-    scene.finding.what = (
-        f"killed in update {update}; the newest checkpoint is a newer version's; --resume"
-    )
-    _killed_once(scene, update)
+    _killed_and_then(scene, "the newest checkpoint is a newer version's; --resume")
     newest = _checkpoints(scene.run_dir)[0]
     state = torch.load(newest, weights_only=True)
     content = io.BytesIO()
