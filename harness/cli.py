@@ -199,7 +199,9 @@ def _fill_doctor(doctor: argparse.ArgumentParser) -> None:
         default=120.0,
         help="seconds for the ranks (default: 120)",
     )
-    doctor.add_argument("--quick", action="store_true", help="import and start nothing")
+    doctor.add_argument(
+        "--quick", action="store_true", help="import nothing to see whether it loads"
+    )
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(run=_doctor)
 

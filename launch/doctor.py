@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,14 +36,14 @@ class DoctorRequest:
     run_dir: Path = Path("runs")
     """Where runs are to be written."""
     ranks: int | None = None
-    """Start so many; None with hosts: one for each slot, without: none."""
+    """Start so many, and let them meet; None: look only."""
     hosts: str | None = None
     hostfile: Path | None = None
     launcher: Launcher | None = None
     timeout: float = 120.0
     """Seconds for the ranks to come through all checks."""
     quick: bool = False
-    """Import and start nothing."""
+    """Import nothing, so what is told is what is installed and not whether it loads."""
     json: bool = False
 
 
@@ -62,8 +61,8 @@ def doctor(request: DoctorRequest) -> int:
     found += _data_finding(request.data, data)
     reachable = [reached(host, request) for host in hosts]
     found += reachable
-    if (asked or request.ranks is not None) and not request.quick:
-        found += _tried(request, findings.good(reachable))
+    if request.ranks is not None:
+        found += _tried(request, request.ranks, findings.good(reachable))
     if request.json:
         print(findings.as_json(found, datasets.as_dict(data)))
     else:
@@ -207,11 +206,11 @@ def reached(host: Host, request: DoctorRequest) -> Finding:
         text = f"answers ssh, has this Python, MPI and directory; {host.slots} slots"
         return Finding(host.name, text, group="hosts", facts={"slots": host.slots})
     text, _, remedy = wrong.partition("; ")
-    remedy = remedy or f"ssh {host.name} true, from {socket.gethostname()}"
+    remedy = f"{remedy + '; ' * bool(remedy)}try: ssh {host.name} true"
     return Finding(host.name, text, "missing", remedy, "hosts", {"slots": host.slots})
 
 
-def _tried(request: DoctorRequest, reachable: bool) -> list[Finding]:
+def _tried(request: DoctorRequest, ranks: int, reachable: bool) -> list[Finding]:
     """What real ranks say of each other."""
     from launch.twoway import TwoWay
 
@@ -219,7 +218,7 @@ def _tried(request: DoctorRequest, reachable: bool) -> list[Finding]:
         text = "not tried, as a host cannot be used"
         return [Finding("ranks", text, "missing", "put the hosts right first", "ranks")]
     try:
-        return TwoWay(request.ranks, request.hosts, request.hostfile, request.launcher,
+        return TwoWay(ranks, request.hosts, request.hostfile, request.launcher,
                       request.run_dir, request.timeout).findings()  # fmt: skip
     except HarnessError as error:
         return [Finding("ranks", str(error), "missing", "", "ranks")]

@@ -39,7 +39,7 @@ _MUST_AGREE = ("python", "torch", "horovod", "harness")
 class TwoWay:
     """A trial of ranks on hosts."""
 
-    ranks: int | None
+    ranks: int
     hosts: str | None
     hostfile: Path | None
     launcher: Launcher | None
@@ -50,8 +50,7 @@ class TwoWay:
         """Start the ranks and tell what they have found. Raises LaunchError, RunDirectoryError if
         they cannot be started as asked."""
         hosts = find_hosts(self.hosts, self.hostfile)
-        ranks = sum(host.slots for host in hosts) if self.ranks is None else self.ranks
-        placed = fill(ranks, hosts)
+        placed = fill(self.ranks, hosts)
         launcher = self.launcher or usual_launcher(_LAUNCH, Comm())
         folder = self._folder()
         try:
@@ -61,12 +60,12 @@ class TwoWay:
             names = [host.name for host in placed]
             check_reachable(launcher, names, needs, _LAUNCH.connect_timeout)
             settings = inherited(placed, None) | {
-                environment.WORLD_SIZE: str(ranks),
+                environment.WORLD_SIZE: str(self.ranks),
                 environment.FAILURE_DIR: str(directory.failures),
                 environment.LAUNCHER: launcher,
             }
             command = (sys.executable, "-m", "harness.twoway", str(folder))
-            spec = completed(LaunchSpec(ranks, placed, command, settings), launcher, _LAUNCH)
+            spec = completed(LaunchSpec(self.ranks, placed, command, settings), launcher, _LAUNCH)
             return self._told(spec, launcher, directory)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
