@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from harness.doctor.storage import nearest, storage
 from harness.errors import HarnessError, LaunchError
 from harness.launch_schema import Launch
 from harness.schema import Comm
+from harness.wording import counted
 from launch import detect
 from launch.assemble import Launcher, find_hosts, usual_launcher
 from launch.preflight import Needs, check_hosts, is_local, mpi_daemon, over_ssh
@@ -59,7 +61,7 @@ def doctor(request: DoctorRequest) -> int:
     found = local_findings(request)
     data = datasets.data_sets(request.data, installed_as("scikit-learn", "sklearn") is not None)
     found += _data_finding(request.data, data)
-    reachable = [reached(host, request) for host in hosts]
+    reachable = reached(hosts, request)
     found += reachable
     if request.ranks is not None:
         found += _tried(request, request.ranks, findings.good(reachable))
@@ -116,7 +118,7 @@ def _mpi(software: dict[str, Finding], quick: bool) -> list[Finding]:
         said = detect.mpi_version()
         flavour = detect.mpi_flavour(said)
     except LaunchError as error:
-        text, _, remedy = str(error).partition("; ")
+        text, remedy = _divided(str(error))
         return [Finding("MPI", text, "missing", remedy or _MPI, facts=facts), horovodrun]
     number = re.search(r"\d+\.\d+[\w.]*", said)
     facts |= {"flavour": flavour, "version": number[0] if number else None}
@@ -190,24 +192,36 @@ def _partitions() -> list[str] | None:
 # Other hosts
 
 
-def reached(host: Host, request: DoctorRequest) -> Finding:
-    """Whether ssh gets there, and finds there what ranks need."""
-    if is_local(host.name):
-        return Finding(host.name, f"this machine, {host.slots} slots", group="hosts")
+def reached(hosts: Sequence[Host], request: DoctorRequest) -> list[Finding]:
+    """Whether ssh gets there, and finds there what ranks need; all hosts at once."""
     launcher = request.launcher or usual_launcher(_LAUNCH, Comm())
-    if not over_ssh(launcher):
-        return Finding(host.name, f"{host.slots} slots, reached by {launcher}", group="hosts")
     needs = Needs(sys.executable, nearest(request.run_dir), mpi_daemon("mpi"), python_key=None)
+    names = [host.name for host in hosts] if over_ssh(launcher) else []
     try:
-        wrong = check_hosts([host.name], needs, _LAUNCH.connect_timeout).get(host.name)
-    except LaunchError as error:
-        wrong = str(error)
-    if wrong is None:
-        text = f"answers ssh, has this Python, MPI and directory; {host.slots} slots"
-        return Finding(host.name, text, group="hosts", facts={"slots": host.slots})
-    text, _, remedy = wrong.partition("; ")
-    remedy = f"{remedy + '; ' * bool(remedy)}try: ssh {host.name} true"
-    return Finding(host.name, text, "missing", remedy, "hosts", {"slots": host.slots})
+        troubles = check_hosts(names, needs, _LAUNCH.connect_timeout)
+    except LaunchError as error:  # there is no ssh
+        troubles = {name: str(error) for name in names if not is_local(name)}
+    return [_reached(host, launcher, troubles.get(host.name)) for host in hosts]
+
+
+def _reached(host: Host, launcher: str, wrong: str | None) -> Finding:
+    facts, slots = {"slots": host.slots}, counted(host.slots, "slot")
+    if wrong is not None:
+        text, remedy = _divided(wrong)
+        remedy = f"{remedy + '; ' * bool(remedy)}try: ssh {host.name} true"
+        return Finding(host.name, text, "missing", remedy, "hosts", facts)
+    if is_local(host.name):
+        return Finding(host.name, f"this machine, {slots}", group="hosts", facts=facts)
+    if not over_ssh(launcher):
+        return Finding(host.name, f"{slots}, reached by {launcher}", group="hosts", facts=facts)
+    text = f"answers ssh, has this Python, MPI and directory; {slots}"
+    return Finding(host.name, text, group="hosts", facts=facts)
+
+
+def _divided(message: str) -> tuple[str, str]:
+    """What is wrong, and what to do."""
+    text, _, remedy = message.partition("; ")
+    return text, remedy
 
 
 def _tried(request: DoctorRequest, ranks: int, reachable: bool) -> list[Finding]:
@@ -221,4 +235,5 @@ def _tried(request: DoctorRequest, ranks: int, reachable: bool) -> list[Finding]
         return TwoWay(ranks, request.hosts, request.hostfile, request.launcher,
                       request.run_dir, request.timeout).findings()  # fmt: skip
     except HarnessError as error:
-        return [Finding("ranks", str(error), "missing", "", "ranks")]
+        text, remedy = _divided(str(error))
+        return [Finding("ranks", text, "missing", remedy or "see docs/launch.md", "ranks")]

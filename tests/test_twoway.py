@@ -58,6 +58,12 @@ def test_who_is_behind_is_named_by_host(tmp_path: Path) -> None:
     assert twoway.behind({}, SPEC) == "n1 (rank 0): not begun; n2 (ranks 1, 2): not begun"
 
 
+def test_of_a_traceback_the_last_line_is_told() -> None:
+    message = "it ended\nTraceback (most recent call last):\n  File x\nImportError: no y"
+    assert twoway._brief(message) == "it ended: ImportError: no y"
+    assert twoway._brief("one\ntwo") == "one\ntwo"
+
+
 def test_every_step_is_told_in_words() -> None:
     assert all(STEPS.values())
 
