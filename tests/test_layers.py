@@ -40,10 +40,12 @@ ABOVE_THE_LINE = (
     "harness.processes",
     "harness.pulse",
     "harness.progress",
+    "harness.schedule.choices",
     "harness.schedule.clock",
     "harness.schedule.growth",
     "harness.schedule.rates",
     "harness.schedule.measured",
+    "harness.schedule.goodput",
     "harness.schedule.noise",
     "harness.schedule.configured",
     "harness.schedule.plan",
@@ -68,6 +70,7 @@ ABOVE_THE_LINE = (
     "harness.alphabeta",
     "harness.probe_verdict",
     "harness.report",
+    "harness.speedfit",
 )
 BELOW_THE_LINE = (
     "harness.comm",
