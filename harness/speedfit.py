@@ -98,7 +98,6 @@ def speed_model(config: Config, paths: Sequence[Path]) -> SpeedModel:
         return _of_one(config, points)
     fit = _fit(config, points, paths, probes)
     found = {one.name.replace(".", "_"): one.interval.value for one in fit.coefficients}
-    found["gamma"] = found.pop("overlap")
     return SpeedModel(
         **{name: _six_digits(value) for name, value in found.items()},
         gradient_bytes=fit.wire.gradient_bytes,
