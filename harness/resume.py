@@ -16,6 +16,7 @@ from harness.yamlfile import dump_yaml, one_line, parse_yaml, read_yaml
 _FREE = frozenset(
     {
         "paper",
+        "code",
         "data.root",
         "data.workers",
         "data.prefetch",
