@@ -37,6 +37,7 @@ _FREE = frozenset(
         "comm.yield_when_idle",
         "train.keep_checkpoints",
         "train.tensorboard",
+        "train.trackers",
     }
 )
 _FREE_SECTIONS = ("paper.", "profile.", "launch.", "slurm.")

@@ -673,6 +673,9 @@ class Comm(Section):
         return self
 
 
+TRACKERS = ("tensorboard", "mlflow", "wandb")
+
+
 class Train(Section):
     duration: Length
     """Length of the run."""
@@ -709,16 +712,43 @@ class Train(Section):
     metric_options: Annotated[dict[str, Any], PlainValidator(_options)] = {}
     """Keyword arguments of your own metric."""
     tensorboard: bool | None = None
-    """Write scalars for TensorBoard; null: if its package is installed."""
+    """Write scalars for TensorBoard; null: if its package is installed and trackers is null."""
+    trackers: list[Annotated[str, Field(min_length=1, max_length=200)]] | None = None
+    """Who is told of the run as it goes on: tensorboard, mlflow, wandb, or your own as
+    package.module:callable."""
+
+    @property
+    def wants_tensorboard(self) -> bool | None:
+        """None: if its package is installed."""
+        if self.tensorboard is None and self.trackers is not None:
+            return "tensorboard" in self.trackers
+        return self.tensorboard
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         self._check_loss()
+        self._check_trackers()
         if self.metric is not None:
             check_own("train.metric", self.metric)
         elif self.metric_options:
             raise ValueError("train.metric_options belongs to train.metric, which is not set")
         return self
+
+    def _check_trackers(self) -> None:
+        for index, name in enumerate(self.trackers or []):
+            if is_own(name):
+                check_own(f"train.trackers.{index}", name)
+            elif name not in TRACKERS:
+                raise ValueError(
+                    f"train.trackers.{index} = {one_line(name)} is not known; valid: "
+                    f"{', '.join(TRACKERS)}, or your own as package.module:callable"
+                )
+            if name in (self.trackers or [])[:index]:
+                raise ValueError(f"train.trackers.{index} = {name} stands there twice")
+        if self.tensorboard is False and "tensorboard" in (self.trackers or []):
+            raise ValueError(
+                "train.tensorboard = false, and train.trackers has tensorboard; leave one out"
+            )
 
     def _check_loss(self) -> None:
         if is_own(self.loss):

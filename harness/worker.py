@@ -58,6 +58,7 @@ from harness.stop import StopRequest
 from harness.syncbn import convert
 from harness.tensorboard import Scalars, check_installed, open_scalars
 from harness.tracing import next_timeline
+from harness.trackers import check_trackers, open_trackers
 from harness.trainer import Trainer
 from harness.yamlfile import one_line
 
@@ -202,7 +203,11 @@ def _run(
         # Only now is it certain that the run goes on from there.
         attempt = together(
             comm,
-            lambda: _begin(config, run, resumed, resume, journal, held) if comm.rank == 0 else None,
+            lambda: (
+                _begin(config, run, resumed, resume, journal, held, display)
+                if comm.rank == 0
+                else None
+            ),
         )
         if comm.rank == 0 and environment.failure_dir() is None and membership is None:
             stop.clear()  # else who has started the ranks has done so before
@@ -236,7 +241,8 @@ def _model(config: Config, data: ImageData, comm: Communicator) -> nn.Module:
 def _take(config: Config, run: RunDirectory, lock: RunLock, resume: bool) -> None:
     """Rank 0: check, create and lock the run directory; it holds no run yet."""
     run.check_usable(resume)
-    check_installed(config.train.tensorboard)
+    check_installed(config.train.wants_tensorboard)
+    check_trackers(config)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         lock.acquire(patience=10.0 if resume else 0.0)
@@ -254,6 +260,7 @@ def _begin(
     resume: bool,
     journal: Journal,
     held: ExitStack,
+    display: Display,
 ) -> Attempt:
     """Rank 0: take over what the checkpoint knows of, be the newest attempt from here on, and open
     its journal."""
@@ -269,14 +276,15 @@ def _begin(
         else:
             write_atomic(draft.run.config, dump_config(config).encode())
     attempt = draft.commit()
-    journal.open(attempt, _scalars(config, attempt, resumed))
+    trackers = open_trackers(config, attempt.run, display.say)
+    journal.open(attempt, _scalars(config, attempt, resumed), trackers)
     return attempt
 
 
 def _scalars(config: Config, attempt: Attempt, resumed: _Resumed) -> Scalars | None:
     seen = resumed.state["samples_seen"] if resumed.state else 0
     with attempt.writing():
-        scalars = open_scalars(config.train.tensorboard, attempt.run, seen)
+        scalars = open_scalars(config.train.wants_tensorboard, attempt.run, seen)
         attempt.publish()
         return scalars
 

@@ -148,9 +148,10 @@ FULL: dict[str, Any] = {
         "tensorboard": True,
         "loss": "package.module:loss",
         "loss_reduction": "none",
-        "loss_options": {"gamma": 2.0},
+        "loss_options": {},
         "metric": "package.module:Metric",
-        "metric_options": {"top": 3},
+        "metric_options": {},
+        "trackers": ["tensorboard", "mlflow", "package.module:Tracker"],
     },
     "profile": {
         "enabled": False,

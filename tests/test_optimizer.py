@@ -141,7 +141,7 @@ def test_the_table_has_what_lamb_has() -> None:
 def test_the_schema_has_the_names_of_the_table() -> None:
     for name in OPTIMIZERS:
         assert Settings(name=name).name == name
-    with pytest.raises(ValidationError, match="must be 'sgd', 'lars', .*your own as"):
+    with pytest.raises(ValidationError, match=r"must be 'sgd', 'lars', .*your own as"):
         Settings(name="nosuch")
 
 
