@@ -219,7 +219,8 @@ class Trainer:
 
     def _measure(self, split: Split, samples: npt.NDArray[np.int64] | None = None) -> Evaluation:
         shape, autocast = self._data.shape, self._step.precision.autocast
-        return evaluate(self._model, split, self._comm, samples, shape, autocast)
+        criterion = self._step.criterion
+        return evaluate(self._model, split, self._comm, samples, shape, autocast, criterion)
 
     def _enter_stage(self, decision: BatchDecision, pieces: Decomposition) -> None:
         self._flush_window()  # a line holds updates of one stage only
@@ -445,6 +446,7 @@ class Trainer:
             accuracy=self._evaluation.accuracy,
             accuracy_top5=self._evaluation.accuracy_top5,
             corrupt=len(self._evaluation.corrupt),
+            **_metric(self._evaluation),
         )
         self._note_corrupt("test", self._evaluation.corrupt)
         return self._evaluation
@@ -523,6 +525,7 @@ class Trainer:
             accuracy=result.accuracy,
             accuracy_top5=result.accuracy_top5,
             corrupt=self._left_out,
+            **_metric(result),
         )
         return result
 
@@ -551,6 +554,11 @@ class Trainer:
         )
 
 
+def _metric(evaluation: Evaluation) -> dict[str, float]:
+    """As a record has it: the user's own metric, if there is one."""
+    return {} if evaluation.metric is None else {"metric": evaluation.metric}
+
+
 _NUMBERS = (
     *("samples_seen", "update", "dataset_size", "stage", "skipped_in_a_row", "train_seconds"),
     *("left_out", "evaluated_at"),
@@ -565,7 +573,11 @@ def _check_kinds(state: dict[str, Any]) -> None:
     numbers += window.seconds.values()
     evaluation = state["evaluation"]
     if evaluation is not None:
-        numbers += [value for name, value in evaluation.items() if name != "corrupt"]
+        numbers += [
+            value
+            for name, value in evaluation.items()
+            if name != "corrupt" and (name, value) != ("metric", None)
+        ]
     if not all(type(value) in (int, float) for value in numbers):
         raise TypeError("a number in it is none")
     if not isinstance(window.latest, dict):
