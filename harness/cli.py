@@ -51,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse, letting overrides stand after options too, which argparse alone does not."""
     parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks how a line goes on
+        from harness.completion import complete
+
+        complete(parser)
     words, of_sbatch = list(sys.argv[1:] if arguments is None else arguments), list[str]()
     if words[:1] == ["submit"]:
         from launch.graph import OPTIONS
@@ -147,12 +151,57 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("-o", "--out", type=Path, metavar="DIR", help="default: DIR/report")
     report.set_defaults(run=_report)
 
+    _add_first_steps(commands)
+
     doctor = commands.add_parser(
         "doctor", help="what this machine can run, and what to do about the rest"
     )
-    doctor.add_argument("--data", type=Path, metavar="DIR", help="look for data sets' files there")
-    doctor.set_defaults(run=_doctor)
+    _fill_doctor(doctor)
     return parser
+
+
+def _add_first_steps(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    config = commands.add_parser(
+        "config", help="the resolved configuration, and where each value comes from"
+    )
+    _add_config(config)
+    config.add_argument("--json", action="store_true", help="for programs")
+    config.set_defaults(run=_config)
+
+    schema = commands.add_parser("schema", help="the JSON Schema of configurations, for editors")
+    schema.add_argument("-o", "--out", type=Path, metavar="FILE", help="default: print it")
+    schema.set_defaults(run=_schema)
+
+    completion = commands.add_parser(
+        "completion", help="what makes a shell complete this command's words"
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
+    completion.set_defaults(run=_completion)
+
+
+def _fill_doctor(doctor: argparse.ArgumentParser) -> None:
+    doctor.add_argument("--data", type=Path, metavar="DIR", help="look for data sets' files there")
+    doctor.add_argument(
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs"),
+        help="where runs are to be written (default: runs)",
+    )
+    doctor.add_argument(
+        "--ranks", type=int, metavar="N", help="start so many, and let all of them meet"
+    )
+    _add_hosts(doctor, ("horovodrun", "mpirun", "srun"))
+    doctor.add_argument(
+        "--timeout",
+        type=float,
+        metavar="S",
+        default=120.0,
+        help="seconds for the ranks (default: 120)",
+    )
+    doctor.add_argument("--quick", action="store_true", help="import and start nothing")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.set_defaults(run=_doctor)
 
 
 def _add_submit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -332,6 +381,36 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _config(options: argparse.Namespace) -> int:
+    from harness.config import resolve
+    from harness.origins import as_json, as_yaml, origins
+
+    found = origins(resolve(options.config_path, options.overrides))
+    print(as_json(found) if options.json else as_yaml(found))
+    return 0
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from harness.json_schema import as_text, header
+
+    if options.out is None:
+        print(as_text(), end="")
+        return 0
+    from harness.records import write_atomic
+
+    write_atomic(options.out, as_text().encode())
+    print(f"{options.out} is written; a YAML file names it in its first line:")
+    print(header(options.out))
+    return 0
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from harness.completion import script
+
+    print(script(options.shell))
+    return 0
+
+
 def _request(kind: type[T], options: argparse.Namespace) -> T:
     """What a command was asked for: each field is the option of its name."""
     given = {field.name: getattr(options, field.name) for field in fields(kind)}
@@ -417,10 +496,9 @@ def _trace(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from harness.doctor import doctor
+    from launch.doctor import DoctorRequest, doctor
 
-    print(doctor(options.data))
-    return 0
+    return doctor(_request(DoctorRequest, options))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -22,14 +23,17 @@ from harness.model_table import check_model
 from harness.optimizer_table import OPTIMIZERS, REFUSED, check_optimizer, choice_of
 from harness.own_names import check_own, is_own
 from harness.section import Count, Section
-from harness.units import Duration
+from harness.units import PATTERN, Duration
 from harness.yamlfile import one_line, shown
 
 Length = Annotated[
     Duration,
     BeforeValidator(Duration.parse),
     PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string", "pattern": PATTERN}),
 ]
+_POSITIVE = {"type": "number", "exclusiveMinimum": 0, "maximum": 1e30}
+_Options = WithJsonSchema({"type": "object"})
 Rate = Annotated[float, Field(ge=0, le=1e30)]  # float32 holds it, with room to be scaled
 Factor = Annotated[float, Field(gt=0, le=1e30)]
 
@@ -162,7 +166,7 @@ class Data(Section):
 class Model(Section):
     name: Annotated[str, Field(min_length=1, max_length=200)]
     """lenet5, resnet20 …, one of torchvision's, or your own as package.module:callable."""
-    options: Annotated[dict[str, Any], PlainValidator(_options)] = {}
+    options: Annotated[dict[str, Any], PlainValidator(_options), _Options] = {}
     """Keyword arguments of the model's constructor."""
     zero_gamma: bool = False
     """Residual blocks begin as the identity: the scale of each one's last batch norm starts at 0
@@ -232,7 +236,11 @@ class LossGrowth(_Measured):
     """⌈B0 · (F(w0) − F*) / (F(w) − F*)⌉ (AdaDamp, Sievert and Charles, Algorithm 1)."""
 
     policy: Literal["loss"]
-    optimum: Annotated[float | Literal["estimate"], PlainValidator(_optimum)] = 0.0
+    optimum: Annotated[
+        float | Literal["estimate"],
+        PlainValidator(_optimum),
+        WithJsonSchema({"anyOf": [{"type": "number", "maximum": 1e30}, {"const": "estimate"}]}),
+    ] = 0.0
     """F*: the least loss, if known; estimate: extrapolated from the last three decisions."""
     loss: Literal["running", "sample", "full"] = "running"
     """F: smoothed loss of the updates, or the training set's, of a sample of it or in full."""
@@ -473,7 +481,7 @@ class Optimizer(Section):
     """0 unless given, adamw's too."""
     nesterov: bool = False
     """sgd, lars."""
-    options: Annotated[dict[str, Any], PlainValidator(_options)] = {}
+    options: Annotated[dict[str, Any], PlainValidator(_options), _Options] = {}
     """What else lamb, or an optimizer of torch.optim, takes: betas, eps, …"""
     skip: list[Annotated[str, Field(min_length=1, max_length=200)]] = []
     """Patterns of parameter names, as *.bias: neither decayed nor, by lars and lamb, adapted."""
@@ -689,7 +697,13 @@ class LearningRate(Section):
     """The scaled rate never exceeds this."""
     warmup: Warmup | None = None
     decay: Decay = NoDecay()
-    on_growth: Annotated[float | list[float], PlainValidator(_factors)] = 1.0
+    on_growth: Annotated[
+        float | list[float],
+        PlainValidator(_factors),
+        WithJsonSchema(
+            {"anyOf": [_POSITIVE, {"type": "array", "items": _POSITIVE, "minItems": 1}]}
+        ),
+    ] = 1.0
     """The rate is multiplied with this each time the global batch grows; a list has one factor for
     each growth, the last one again for all that follow."""
 
@@ -875,9 +889,31 @@ def _traced(value: object) -> Literal["all"] | list[int]:
 class Trace(Section):
     """A trace of some updates by torch.profiler; it slows these down."""
 
-    updates: Annotated[list[int], PlainValidator(_updates)]
+    updates: Annotated[
+        list[int],
+        PlainValidator(_updates),
+        WithJsonSchema(
+            {
+                "type": "array",
+                "items": {"type": "integer", "minimum": 1},
+                "minItems": 2,
+                "maxItems": 2,
+            }
+        ),
+    ]
     """The first and the last of them, counted from 1 as in metrics.jsonl."""
-    ranks: Annotated[Literal["all"] | list[int], PlainValidator(_traced)] = "all"
+    ranks: Annotated[
+        Literal["all"] | list[int],
+        PlainValidator(_traced),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"const": "all"},
+                    {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+                ]
+            }
+        ),
+    ] = "all"
     """Which ranks write one."""
 
 
