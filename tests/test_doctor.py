@@ -47,6 +47,7 @@ def class_folders(split: Path, count: int) -> None:
 # ---- the whole ----------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_every_data_set_is_there_with_what_it_needs() -> None:
     words = " ".join(doctor().split())
     for name, dataset in DATASETS.items():

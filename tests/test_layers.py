@@ -24,6 +24,7 @@ ABOVE_THE_LINE = (
     "harness.versions",
     "harness.student",
     "harness.yamlfile",
+    "harness.recipes",
     "harness.optimizer_table",
     "harness.dataset_table",
     "harness.model_table",
