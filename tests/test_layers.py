@@ -25,6 +25,7 @@ ABOVE_THE_LINE = (
     "harness.student",
     "harness.yamlfile",
     "harness.own_names",
+    "harness.recipes",
     "harness.optimizer_table",
     "harness.dataset_table",
     "harness.model_table",
