@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train PyTorch image models with a growing global batch, and see how far it "
         "scales.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and stop")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     plan = commands.add_parser("plan", help="the stage table, before anything runs")
@@ -157,6 +158,19 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", help="what this machine can run, and what to do about the rest"
     )
     _fill_doctor(doctor)
+
+    recipes = commands.add_parser(
+        "recipes",
+        help="the configurations that come with the harness",
+        description="List the recipes; with NAME, say where that one lies. Every command that "
+        "takes a CONFIG takes a recipe's name too.",
+    )
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="such as adabatch-digits")
+    recipes.add_argument(
+        "--copy", type=Path, metavar="DIR",
+        help="copy it, with all that it extends, into DIR; without NAME all of them",
+    )  # fmt: skip
+    recipes.set_defaults(run=_recipes)
     return parser
 
 
@@ -230,6 +244,26 @@ def _fill_doctor(doctor: argparse.ArgumentParser) -> None:
     )
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(run=_doctor)
+
+
+class _Version(argparse.Action):
+    """Looked up only when it is asked for, from the one place that has it: pyproject.toml."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from harness.versions import PACKAGE, installed_version
+
+        print(f"{PACKAGE} {installed_version() or 'of a checkout that is not installed'}")
+        parser.exit()
+
+
+def _config_file(text: str) -> Path:
+    """A file, or the recipe of that name where there is no such file."""
+    path = Path(text)
+    if path.suffix or os.path.exists(path):
+        return path
+    from harness.recipes import recipes
+
+    return recipes().get(text, path)
 
 
 def _add_submit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -371,7 +405,9 @@ def _add_hosts(
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config_path", type=Path, metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument(
+        "config_path", type=_config_file, metavar="CONFIG", help="YAML file of the run, or a recipe"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=_OVERRIDES)
 
 
@@ -382,8 +418,11 @@ def _plan(options: argparse.Namespace) -> int:
     from harness.config import load_config
     from harness.data_sizes import train_size
     from harness.schedule.plan import build_plan
+    from harness.speedfit import settled_growth, told_otherwise
 
-    config = load_config(options.config_path, options.overrides)
+    config = settled_growth(load_config(options.config_path, options.overrides))
+    for difference in told_otherwise(config):
+        print(f"harness: {difference}", file=sys.stderr)
     plan = build_plan(config, train_size(config.data))
     costs = None
     if options.throughput is not None:
@@ -530,6 +569,16 @@ def _doctor(options: argparse.Namespace) -> int:
     from launch.doctor import DoctorRequest, doctor
 
     return doctor(_request(DoctorRequest, options))
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from harness import recipes
+
+    if options.copy is not None:
+        print("\n".join(map(str, recipes.copy(options.name, options.copy))))
+    else:
+        print(recipes.listing() if options.name is None else recipes.find(options.name))
+    return 0
 
 
 if __name__ == "__main__":

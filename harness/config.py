@@ -51,9 +51,17 @@ def resolve(path: Path, overrides: Sequence[str] = ()) -> Resolved:
         _merge(overriding, _parse_override(override))
     _merge(document, overriding)
     try:
-        return Resolved(Config.model_validate(document.data), document.places)
+        config = Config.model_validate(document.data)
     except ValidationError as error:
         raise ConfigError(_explain(error, document, path)) from None
+    return Resolved(_placed(config, path), document.places)
+
+
+def _placed(config: Config, path: Path) -> Config:
+    """With the folder of the user's own code written out, so that a copy elsewhere finds it too."""
+    if config.code is None and not config.own_parts():
+        return config
+    return config.model_copy(update={"code": str(path.parent.resolve() / (config.code or ""))})
 
 
 def dump_config(config: Config) -> str:

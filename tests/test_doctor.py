@@ -62,6 +62,7 @@ def shown(root: Path | None = None) -> str:
     return "\n".join(as_lines(data_sets(root, with_digits=True), root))
 
 
+@pytest.mark.smoke
 def test_every_data_set_is_there_with_what_it_needs() -> None:
     words = " ".join(shown().split())
     for name, dataset in DATASETS.items():
