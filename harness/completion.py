@@ -28,8 +28,8 @@ def complete(parser: argparse.ArgumentParser) -> None:
     """Answer the shell that has called this process to ask, and end; nothing if none has."""
     for action in _actions(parser):
         told: Any = action
-        if action.dest in ("config_path", "study_path"):
-            told.completer = _yaml_files
+        if action.dest == "config_path":
+            told.completer = _configurations
         elif action.dest == "overrides":
             told.completer = _overrides
         elif action.type is not None and getattr(action.type, "__name__", "") == "Path":
@@ -78,7 +78,14 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
                 yield from _actions(below)
 
 
-def _yaml_files(prefix: str, **_: object) -> list[str]:
+def _configurations(prefix: str, **_: object) -> list[str]:
+    """Files, and recipes by name."""
+    from harness.recipes import recipes
+
+    return [*_yaml_files(prefix), *(name for name in recipes() if name.startswith(prefix))]
+
+
+def _yaml_files(prefix: str) -> list[str]:
     """Folders, and files that may hold a configuration."""
     folder, begun = prefix.rpartition("/")[::2]
     place = f"{folder}/" if "/" in prefix else ""
@@ -109,12 +116,10 @@ def _overrides(prefix: str, **_: object) -> list[str]:
 
 
 def _values(name: str, fields: list[FieldInfo]) -> list[str]:
-    from harness.dataset_table import DATASETS
-    from harness.model_table import OWN, TORCHVISION
+    from harness.json_schema import named
 
-    named = {"data.dataset": list(DATASETS), "model.name": [*OWN, *TORCHVISION]}
     chosen = (value for field in fields for value in _choices(field.annotation))
-    return named.get(name) or list(dict.fromkeys(chosen))
+    return named().get(name) or list(dict.fromkeys(chosen))
 
 
 def _choices(annotation: Any) -> Iterator[str]:

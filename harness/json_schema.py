@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from harness.config import own_tags, sections_of
 from harness.dataset_table import DATASETS
 from harness.model_table import OWN, TORCHVISION
+from harness.optimizer_table import OPTIMIZERS
 from harness.schema import Config
 
 FILE_NAME = "harness.schema.json"
@@ -71,10 +72,21 @@ _EXTENDS = {
 
 
 def _name_the_known(definitions: dict[str, Any]) -> None:
-    """The names that data.dataset and model.name may have."""
-    definitions["Data"]["properties"]["dataset"] |= {"enum": list(DATASETS)}
-    definitions["Model"]["properties"]["name"] |= {
-        "anyOf": [{"enum": [*OWN, *TORCHVISION]}, {"pattern": ":"}]
+    """The names that are more than text, beside what is one's own (package.module:callable)."""
+    for section, key, names in (
+        ("Data", "dataset", named()["data.dataset"]),
+        ("Model", "name", named()["model.name"]),
+        ("Optimizer", "name", named()["optimizer.name"]),
+    ):
+        definitions[section]["properties"][key] |= {"anyOf": [{"enum": names}, {"pattern": ":"}]}
+
+
+def named() -> dict[str, list[str]]:
+    """Key -> the names that it may have, of those whose values are in a table."""
+    return {
+        "data.dataset": list(DATASETS),
+        "model.name": [*OWN, *TORCHVISION],
+        "optimizer.name": list(OPTIMIZERS),
     }
 
 

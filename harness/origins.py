@@ -114,7 +114,8 @@ class _Derived:
 
 
 def _image_size(config: Config) -> int | None:
-    return 224 if "image_size" in DATASETS[config.data.dataset].takes else None
+    known = DATASETS.get(config.data.dataset)  # none of one's own
+    return 224 if known is not None and "image_size" in known.takes else None
 
 
 def _of_synthetic(number: int) -> Callable[[Config], int | None]:

@@ -121,7 +121,7 @@ class Data(Section):
     webdataset's training shards together, which planning would otherwise have to read."""
     sizes: Sizes | None = None
     """package.module:callable: samples of both splits, which a plan cannot ask it for."""
-    options: Annotated[dict[str, Any], PlainValidator(_options)] = {}
+    options: Annotated[dict[str, Any], PlainValidator(_options), _Options] = {}
     """package.module:callable: keyword arguments for it."""
     classes: Annotated[int, Field(ge=1, le=10**6)] | None = None
     """Number of classes: synthetic, default 1000; package.module:callable, default: what its
@@ -787,12 +787,12 @@ class Train(Section):
     """Or your own as package.module:callable, of (logits, labels)."""
     loss_reduction: Literal["sum", "mean", "none"] | None = None
     """What your own loss returns: the sum or the mean over the samples it gets, or each one's."""
-    loss_options: Annotated[dict[str, Any], PlainValidator(_options)] = {}
+    loss_options: Annotated[dict[str, Any], PlainValidator(_options), _Options] = {}
     """Keyword arguments of your own loss."""
     metric: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """Your own as package.module:callable, of (logits, labels), with a value for each sample;
     evaluations record its mean beside the accuracy."""
-    metric_options: Annotated[dict[str, Any], PlainValidator(_options)] = {}
+    metric_options: Annotated[dict[str, Any], PlainValidator(_options), _Options] = {}
     """Keyword arguments of your own metric."""
     tensorboard: bool | None = None
     """Write scalars for TensorBoard; null: if its package is installed and trackers is null."""

@@ -64,6 +64,7 @@ def completed(line: str, text: str, folder: Path = ROOT) -> list[str]:
         ("harness doctor --la", {"--launcher"}),
         ("harness doctor --launcher h", {"horovodrun"}),
         ("harness completion ", {"bash", "zsh", "fish"}),
+        ("harness plan lars/table2-batch512", {"lars/table2-batch512-lr0.02"}),
         ("harness plan configs/adab", {"configs/adabatch/", "configs/adabatch-digits.yaml"}),
         ("harness plan configs/adabatch-digits.yaml batch.mi", {"batch.micro="}),
         ("harness run configs/adabatch-digits.yaml --ranks 2 lr.dec",

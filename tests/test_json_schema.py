@@ -104,7 +104,12 @@ ACCEPTED: dict[str, dict[str, Any]] = {
             "growth": {"policy": "loss", "optimum": "estimate", "limit": 2},
         }
     },
-    "a model of one's own": {"model": {"name": "my_models:Net"}},
+    "parts of one's own": {
+        "model": {"name": "my_models:Net"},
+        "data": {"dataset": "my_data:Set", "sizes": {"train": 9, "test": 9}, "options": {"a": 1}},
+        "optimizer": {"name": "my_optimizers:Sgd"},
+        "train": {"duration": "9ep", "metric": "my:metric", "metric_options": {"k": 5}},
+    },
     "options": {"slurm": {"options": {"exclude": "n1", "hold": True, "nice": 3}}},
     "variables": {"launch": {"environment": {"NCCL_DEBUG": "INFO", "X": 1}}},
     "a trace": {"profile": {"trace": {"updates": [3, 4], "ranks": [0]}}},

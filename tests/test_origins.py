@@ -96,6 +96,13 @@ def test_the_command_prints_either_form() -> None:
     }  # fmt: skip
 
 
+def test_parts_of_one_s_own() -> None:
+    overrides = ("data={dataset: 'mine:Set', sizes: {train: 9, test: 9}, augment: true}",)
+    found = values(DEMO, *overrides, "batch.initial=8", "batch.micro=4", "batch.max=8")
+    assert (found["data.sizes.train"].value, found["data.image_size"].value) == (9, None)
+    assert found["code"].source == "derived"  # the folder in which they are looked for
+
+
 def test_a_mistake_is_told_as_by_the_other_commands() -> None:
     words = [sys.executable, "-m", "harness", "config", str(DEMO), "lr.bass=0.5"]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
