@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fuzzing import fuzz
+from hypothesis import given
+from hypothesis import strategies as st
 from jsonschema import Draft7Validator
 from support import ROOT
+from test_fuzz_config import FIELDS
 
 from harness.config import load_config
 from harness.errors import ConfigError
@@ -123,6 +127,27 @@ def test_what_the_loader_takes_it_takes(what: str, tmp_path: Path) -> None:
     path.write_text(json.dumps(data), encoding="utf-8")
     load_config(path)
     assert problems(data) == []
+
+
+@fuzz(200)
+@given(st.sampled_from(FIELDS).flatmap(lambda field: st.tuples(st.just(field[0]), field[1])))
+def test_whatever_value_the_loader_takes_it_takes(
+    tmp_path_factory: pytest.TempPathFactory, setting: tuple[str, Any]
+) -> None:
+    (*above, last), value = setting[0].split("."), setting[1]
+    data = demo()
+    section = data
+    for key in above:
+        section[key] = dict(section.get(key) or {})
+        section = section[key]
+    section[last] = value
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    try:
+        load_config(path)
+    except ConfigError:
+        return
+    assert problems(read_yaml(path).data) == []
 
 
 def test_a_file_that_extends_another_needs_nothing_of_its_own() -> None:
