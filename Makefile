@@ -13,7 +13,7 @@ WHICH := -m "not long"
 PYTEST := $(VENV)/bin/python -m pytest
 # ARGS may select none of a part's tests, which is 5 to pytest.
 NONE := $(if $(ARGS),|| [ $$$$? = 5 ])
-SOURCES := harness launch tests benchmarks
+SOURCES := harness launch tests benchmarks docs setup.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-fast faults fuzz audit sbom lint clean

@@ -114,8 +114,11 @@ def _processor() -> str | None:
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout that this package runs from, with ``+`` if files differ from it."""
+    """Commit of the checkout that this package runs from, with ``+`` if files differ from it;
+    None if it is installed, be it into an environment that lies in another repository."""
     here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return None
     with suppress(OSError, subprocess.SubprocessError):
         result = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"],  # noqa: S607

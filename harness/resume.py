@@ -22,6 +22,7 @@ _FREE = frozenset(
         "data.prefetch",
         "data.share",
         "data.on_corrupt",
+        "batch.growth.throughput",
         "ranks.start",
         "ranks.max",
         "ranks.prefer",

@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -22,14 +23,17 @@ from harness.model_table import check_model
 from harness.optimizer_table import OPTIMIZERS, REFUSED, check_optimizer, choice_of
 from harness.own_names import check_own, is_own
 from harness.section import Count, Section
-from harness.units import Duration
+from harness.units import PATTERN, Duration
 from harness.yamlfile import one_line, shown
 
 Length = Annotated[
     Duration,
     BeforeValidator(Duration.parse),
     PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string", "pattern": PATTERN}),
 ]
+_POSITIVE = {"type": "number", "exclusiveMinimum": 0, "maximum": 1e30}
+_Options = WithJsonSchema({"type": "object"})
 Rate = Annotated[float, Field(ge=0, le=1e30)]  # float32 holds it, with room to be scaled
 Factor = Annotated[float, Field(gt=0, le=1e30)]
 
@@ -162,7 +166,7 @@ class Data(Section):
 class Model(Section):
     name: Annotated[str, Field(min_length=1, max_length=200)]
     """lenet5, resnet20 …, one of torchvision's, or your own as package.module:callable."""
-    options: Annotated[dict[str, Any], PlainValidator(_options)] = {}
+    options: Annotated[dict[str, Any], PlainValidator(_options), _Options] = {}
     """Keyword arguments of the model's constructor."""
     zero_gamma: bool = False
     """Residual blocks begin as the identity: the scale of each one's last batch norm starts at 0
@@ -232,7 +236,11 @@ class LossGrowth(_Measured):
     """⌈B0 · (F(w0) − F*) / (F(w) − F*)⌉ (AdaDamp, Sievert and Charles, Algorithm 1)."""
 
     policy: Literal["loss"]
-    optimum: Annotated[float | Literal["estimate"], PlainValidator(_optimum)] = 0.0
+    optimum: Annotated[
+        float | Literal["estimate"],
+        PlainValidator(_optimum),
+        WithJsonSchema({"anyOf": [{"type": "number", "maximum": 1e30}, {"const": "estimate"}]}),
+    ] = 0.0
     """F*: the least loss, if known; estimate: extrapolated from the last three decisions."""
     loss: Literal["running", "sample", "full"] = "running"
     """F: smoothed loss of the updates, or the training set's, of a sample of it or in full."""
@@ -271,6 +279,72 @@ class NoiseGrowth(_Measured):
     """Time over which tr(Σ) and ‖G‖² are smoothed."""
 
 
+class SpeedModel(Section):
+    """Coefficients of the time of an update (docs/scaling.md), in seconds, images and bytes."""
+
+    per_image: Annotated[float, Field(ge=1e-15, le=1e9)]
+    fixed: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+    """Of an update, whatever its images."""
+    jitter: Annotated[float, Field(ge=0, le=10)] = 0.0
+    gamma: Annotated[float, Field(ge=1, le=1e6)] = 1.0
+    """1: communication comes after compute; large: the longer one hides the other."""
+    within_latency: Annotated[float, Field(ge=0, le=1e3)] = 0.0
+    """α between the ranks of a node, of a message."""
+    within_seconds_per_byte: Annotated[float, Field(ge=0, le=1e3)] = 0.0
+    """β."""
+    between_latency: Annotated[float, Field(ge=0, le=1e3)] = 0.0
+    """α between nodes."""
+    between_seconds_per_byte: Annotated[float, Field(ge=0, le=1e3)] = 0.0
+    gradient_bytes: Annotated[float, Field(ge=0, le=1e18)] = 0.0
+    """Of an update, per rank."""
+    buckets: Count = 1
+    """Messages that they travel in."""
+    topology: Literal["two-level", "ring"] = "two-level"
+    ranks_per_node: Count | None = None
+    """null: all on one."""
+    measured_ranks: Count | None = None
+    """The most ranks that it was fitted to; null: not fitted here."""
+    misfit: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    """Root mean square of log(fitted / measured)."""
+
+
+class GoodputGrowth(_Measured):
+    """The ranks × accumulation with the most throughput × statistical efficiency (Pollux, Qiao et
+    al. 2021; McCandlish et al. 2018)."""
+
+    policy: Literal["goodput"]
+    throughput: list[Annotated[str, Field(min_length=1)]] = []
+    """Bench, run and probe directories that the model of speed is fitted to when a run starts."""
+    model: SpeedModel | None = None
+    """What was fitted; given, the files of throughput are not read."""
+    ranks: Annotated[list[Count], Field(min_length=1)] | None = None
+    """Numbers of ranks to choose from; null: those from ranks.start to ranks.max worth a try."""
+    objective: Literal["time", "rank_hours"] = "time"
+    """rank_hours: as fast as can be for at most 1 / efficiency times the least rank-hours."""
+    efficiency: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """objective: rank_hours: progress per rank-hour, over the most there is to be had."""
+    hysteresis: Annotated[float, Field(ge=0, le=1e6)] = 0.05
+    """The choice stays unless another one has more goodput by this share."""
+    limit: Annotated[float, Field(gt=1, le=1e30)] | None = 2.0
+    """Largest growth of the batch in one decision, as a factor; null: none."""
+    memory: Length = Duration.parse("0.5ep")
+    """Time over which tr(Σ) and ‖G‖² are smoothed."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.throughput and self.model is None:
+            raise ValueError(
+                "batch.growth.throughput is needed with batch.growth.policy = goodput: name "
+                "directories of harness bench, harness run or harness probe, or give "
+                "batch.growth.model"
+            )
+        if self.ranks is not None and sorted(set(self.ranks)) != self.ranks:
+            raise ValueError(
+                f"batch.growth.ranks = {self.ranks}: must be different numbers in ascending order"
+            )
+        return self
+
+
 class PlateauGrowth(_Measured):
     """× factor after ``patience`` decisions without a better loss (AdaBatch's code has this)."""
 
@@ -281,7 +355,7 @@ class PlateauGrowth(_Measured):
     """Share by which a loss must fall below the best one to count as better."""
 
 
-MeasuredGrowth = LossGrowth | RollingGrowth | NoiseGrowth | PlateauGrowth
+MeasuredGrowth = LossGrowth | RollingGrowth | NoiseGrowth | GoodputGrowth | PlateauGrowth
 Growth = Annotated[
     FixedGrowth | ListGrowth | GeometricGrowth | LinearGrowth | MeasuredGrowth,
     Field(discriminator="policy"),
@@ -331,11 +405,14 @@ class Batch(Section):
                 f"batch.max is needed with batch.growth.policy = {self.growth.policy}: what is "
                 "measured may ask for any batch"
             )
-        if isinstance(self.growth, NoiseGrowth) and self.initial == 1:
+        if isinstance(self.growth, NoiseGrowth | GoodputGrowth) and self.initial == 1:
             raise ValueError(
                 "batch.initial = 1 makes one micro-batch; to measure the noise scale two are needed"
             )
-        if isinstance(self.growth, NoiseGrowth) and self.initial <= self.micro_batch:
+        if (
+            isinstance(self.growth, NoiseGrowth | GoodputGrowth)
+            and self.initial <= self.micro_batch
+        ):
             raise ValueError(
                 f"batch.micro = {self.micro_batch} makes one micro-batch of batch.initial = "
                 f"{self.initial}; to measure the noise scale two or more are needed: micro at most "
@@ -404,7 +481,7 @@ class Optimizer(Section):
     """0 unless given, adamw's too."""
     nesterov: bool = False
     """sgd, lars."""
-    options: Annotated[dict[str, Any], PlainValidator(_options)] = {}
+    options: Annotated[dict[str, Any], PlainValidator(_options), _Options] = {}
     """What else lamb, or an optimizer of torch.optim, takes: betas, eps, …"""
     skip: list[Annotated[str, Field(min_length=1, max_length=200)]] = []
     """Patterns of parameter names, as *.bias: neither decayed nor, by lars and lamb, adapted."""
@@ -620,7 +697,13 @@ class LearningRate(Section):
     """The scaled rate never exceeds this."""
     warmup: Warmup | None = None
     decay: Decay = NoDecay()
-    on_growth: Annotated[float | list[float], PlainValidator(_factors)] = 1.0
+    on_growth: Annotated[
+        float | list[float],
+        PlainValidator(_factors),
+        WithJsonSchema(
+            {"anyOf": [_POSITIVE, {"type": "array", "items": _POSITIVE, "minItems": 1}]}
+        ),
+    ] = 1.0
     """The rate is multiplied with this each time the global batch grows; a list has one factor for
     each growth, the last one again for all that follow."""
 
@@ -806,9 +889,31 @@ def _traced(value: object) -> Literal["all"] | list[int]:
 class Trace(Section):
     """A trace of some updates by torch.profiler; it slows these down."""
 
-    updates: Annotated[list[int], PlainValidator(_updates)]
+    updates: Annotated[
+        list[int],
+        PlainValidator(_updates),
+        WithJsonSchema(
+            {
+                "type": "array",
+                "items": {"type": "integer", "minimum": 1},
+                "minItems": 2,
+                "maxItems": 2,
+            }
+        ),
+    ]
     """The first and the last of them, counted from 1 as in metrics.jsonl."""
-    ranks: Annotated[Literal["all"] | list[int], PlainValidator(_traced)] = "all"
+    ranks: Annotated[
+        Literal["all"] | list[int],
+        PlainValidator(_traced),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"const": "all"},
+                    {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+                ]
+            }
+        ),
+    ] = "all"
     """Which ranks write one."""
 
 
@@ -847,10 +952,12 @@ class Config(Section):
         check_shares(self, self.ranks.start)
         self._check_lengths()
         self._check_profile()
-        if isinstance(self.batch.growth, NoiseGrowth) and self.train.sync_batch_norm:
+        growth = self.batch.growth
+        if isinstance(growth, NoiseGrowth | GoodputGrowth) and self.train.sync_batch_norm:
             raise ValueError(
-                "batch.growth.policy = noise cannot measure with train.sync_batch_norm = true: the "
-                "micro-batches of an update are then no independent samples"
+                f"batch.growth.policy = {growth.policy} cannot measure with "
+                "train.sync_batch_norm = true: the micro-batches of an update are then no "
+                "independent samples"
             )
         if self.comm.backend == "solo" and self.ranks.ceiling > 1:
             raise ValueError(

@@ -54,6 +54,7 @@ from harness.records import (
 from harness.resume import check_same_run, check_same_settings, keep_choices
 from harness.schedule.plan import build_plan
 from harness.schema import Config
+from harness.speedfit import settled_growth
 from harness.stop import StopRequest
 from harness.syncbn import convert
 from harness.tensorboard import Scalars, check_installed, open_scalars
@@ -101,6 +102,7 @@ def train(
         _start_mps()
         words = environment.failure_dir()
         run = RunDirectory(run_dir, launch=None if words is None else words.parent)
+        config = settled_growth(config, run if resume else None)
         seconds = environment.seconds_to_measure()
         enough = None if seconds is None else Enough(seconds)
         stop = stop or StopRequest()
