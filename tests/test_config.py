@@ -626,6 +626,7 @@ def raw_configs(draw: st.DrawFn) -> dict[str, Any]:
             ),
         },
         "model": {"name": draw(st.sampled_from([*OWN, *TORCHVISION, "a.b:c"]))},
+        "code": "/srv/models",  # which loading would write out, from the file's place
         "batch": batch,
         "optimizer": draw(optimizer) | draw(lars | st.just({})),
         "lr": draw(raw_rates(duration)),
