@@ -175,6 +175,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_first_steps(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    init = commands.add_parser(
+        "init",
+        help="write a first configuration, from four questions and a measurement",
+        description="Ask what is not given (or take defaults with --yes), measure the micro-batch "
+        "that fits and the speed that it has, and write a commented YAML file that runs.",
+    )
+    _fill_init(init)
+
     config = commands.add_parser(
         "config", help="the resolved configuration, and where each value comes from"
     )
@@ -191,6 +199,24 @@ def _add_first_steps(commands: argparse._SubParsersAction[argparse.ArgumentParse
     )
     completion.add_argument("shell", choices=("bash", "zsh", "fish"))
     completion.set_defaults(run=_completion)
+
+
+def _fill_init(init: argparse.ArgumentParser) -> None:
+    init.add_argument("out", type=Path, nargs="?", metavar="FILE", help="default: DATA-MODEL.yaml")
+    init.add_argument("--data", metavar="NAME|DIR", help="a data set, or where its files are")
+    init.add_argument("--root", type=Path, metavar="DIR", help="where they are, if --data is NAME")
+    init.add_argument("--model", metavar="NAME", help="its name")
+    init.add_argument("--ranks", type=int, metavar="N", help="processes that train together")
+    init.add_argument("--duration", metavar="20ep|2h", help="length: epochs, updates or a time")
+    init.add_argument("--yes", action="store_true", help="defaults for what is not given")
+    init.add_argument("--force", action="store_true", help="replace a file that is there")
+    init.add_argument(
+        "--no-measure", dest="measure", action="store_false", help="guess the micro-batch"
+    )
+    init.add_argument(
+        "--seconds", type=float, metavar="S", default=10.0, help="to measure for (default: 10)"
+    )
+    init.set_defaults(run=_init)
 
 
 def _fill_doctor(doctor: argparse.ArgumentParser) -> None:
@@ -213,7 +239,9 @@ def _fill_doctor(doctor: argparse.ArgumentParser) -> None:
         default=120.0,
         help="seconds for the ranks (default: 120)",
     )
-    doctor.add_argument("--quick", action="store_true", help="import and start nothing")
+    doctor.add_argument(
+        "--quick", action="store_true", help="import nothing to see whether it loads"
+    )
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(run=_doctor)
 
@@ -415,6 +443,12 @@ def _plan(options: argparse.Namespace) -> int:
 
         print_plan(config, plan, costs=costs)
     return 0
+
+
+def _init(options: argparse.Namespace) -> int:
+    from harness.first_config import InitRequest, init, terminal
+
+    return init(_request(InitRequest, options), terminal())
 
 
 def _config(options: argparse.Namespace) -> int:
