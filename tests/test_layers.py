@@ -68,6 +68,7 @@ ABOVE_THE_LINE = (
     "harness.alphabeta",
     "harness.probe_verdict",
     "harness.report",
+    "harness.study",
 )
 BELOW_THE_LINE = (
     "harness.comm",
@@ -103,6 +104,7 @@ BELOW_THE_LINE = (
     "harness.elastic",
     "harness.trainer",
     "harness.worker",
+    "harness.cells",
     "harness.probe",
     "harness.benchmachine",
 )
@@ -135,6 +137,7 @@ LAUNCH = (
     "launch.submit",
     "launch.job",
     "launch.status",
+    "launch.study",
 )
 ENTRY = ("harness.cli", "harness.__main__")
 LINES = (*ABOVE_THE_LINE, *LAUNCH, *BELOW_THE_LINE, *ENTRY)
@@ -145,6 +148,8 @@ TAKES_NUMPY = (
     "harness.keyed",
     "harness.scaling",
     "harness.report",  # through matplotlib
+    "harness.study",
+    "launch.study",
     "harness.alphabeta",
     "harness.probe_verdict",
 )
