@@ -36,6 +36,7 @@ from harness.report.fields import duration
 from harness.schedule.plan import build_plan
 from harness.study.cells import Arm, Cell, Study, alone, load_study
 from harness.study.metrics import METRICS
+from harness.study.page import Results, write, write_index
 from harness.study.runs import Measured, measure, state
 from harness.wording import counted
 from harness.yamlfile import one_line, shown
@@ -389,13 +390,13 @@ def _ask(child: subprocess.Popen[str], request: dict[str, str]) -> dict[str, Any
 
 def _gather(found: Study, directory: Path, out: Path | None) -> int:
     """Write what there is, and print the findings; 1 if runs are missing."""
-    from harness.study.page import Results, write
-
-    results = collect(found, directory / "cells", Results)
+    results = collect(found, directory / "cells")
     if not results.runs:
         print(f"harness: {found.name}: no run is over yet")
         return 1
     paths = write(results, out or directory)
+    if out is not None:
+        write_index(out)
     for number, one in enumerate(results.judge().all(), start=1):
         print(f"{number}. {one.rule}: {one.verdict}")
         for line in one.lines:
@@ -405,10 +406,10 @@ def _gather(found: Study, directory: Path, out: Path | None) -> int:
     return 0 if results.complete else 1
 
 
-def collect(found: Study, cells: Path, kind: Any) -> Any:
+def collect(found: Study, cells: Path) -> Results:
     """The results of all cells that are over."""
     chosen = chosen_values(found, cells)
-    results = kind(found, chosen)
+    results = Results(found, chosen)
     for cell in found.trial_cells():
         run = measure(cell.directory(cells), found.target, cell.trial)
         if run.over:

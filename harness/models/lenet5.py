@@ -15,7 +15,7 @@ class LeNet5(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int, shape: tuple[int, int, int], batch_norm: bool = False
+        self, num_classes: int, shape: tuple[int, int, int], *, batch_norm: bool = False
     ) -> None:
         """Images are ``shape`` = (C, H, W); ``batch_norm``: after each convolution. Raises
         ConfigError if nothing would be left of the images."""

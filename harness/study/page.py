@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.records import write_atomic
+from harness.records import read_text, write_atomic
 from harness.report.csvtext import to_csv
 from harness.report.fields import duration
 from harness.report.markdown import table, text_of
@@ -50,6 +51,30 @@ def write(results: Results, directory: Path) -> list[Path]:
             write_atomic(directory / file, content)
             written.append(directory / file)
     return written
+
+
+INDEX = "index.md"
+_TITLE = re.compile(r"# (.+)")
+_VERDICT = re.compile(r"\*\*[0-9]+\. .*: (holds|does not hold|undecided|measured|in part)\b.*\*\*")
+
+
+def write_index(directory: Path) -> None:
+    """index.md: each study's page in a directory, and what its claims came to."""
+    rows = []
+    for page in sorted(directory.glob("*.md")):
+        lines = read_text(page).splitlines()
+        title = _TITLE.fullmatch(lines[0]) if lines else None
+        verdicts = [found[1] for line in lines if (found := _VERDICT.fullmatch(line))]
+        if title is None or not verdicts or page.name == INDEX:
+            continue
+        kinds = ("holds", "in part", "does not hold", "undecided")
+        counts = [str(verdicts.count(kind) or "–") for kind in kinds]
+        rows.append(f"| [{page.stem}]({page.name}) | {title[1]} | {' | '.join(counts)} |")
+    head = "| Study | About | Holds | In part | Does not hold | Undecided |"
+    text = "\n".join([head, "| --- | --- | --- | --- | --- | --- |", *rows])
+    intro = "Claims of papers, and what came of them here; `harness study` writes these pages."
+    content = f"# Studies\n\n{intro}\n\n{text}\n"
+    write_atomic(directory / INDEX, content.encode())
 
 
 def _csv(results: Results) -> bytes:
