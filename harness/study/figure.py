@@ -10,7 +10,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from harness.report.fields import clean, general
 from harness.report.figures import short
@@ -139,8 +146,7 @@ def _points(axes: Axes, panel: Panel, study: Study, runs: Runs, looks: dict[str,
     axes.set_ylim(len(arms) - 0.4, -0.6)
     axes.yaxis.grid(False)
     if panel.log:
-        axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        _log_ticks(axes)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
@@ -188,10 +194,20 @@ def _with(point: Point, key: str, value: Any) -> Point:
     return tuple((k, value if k == key else old) for k, old in point)
 
 
+def _log_ticks(axes: Axes) -> None:
+    """A logarithmic x with ticks even where it spans no power of ten."""
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1, 2, 5)))
+
+
 def _log(axes: Axes, log: bool) -> None:
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(NullFormatter())
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: general(value, 3)))
 
 
@@ -210,8 +226,7 @@ def _curves(axes: Axes, panel: Panel, study: Study, runs: Runs, looks: dict[str,
             style = "steps-pre" if panel.y == "batch" else "default"
             axes.plot(*mean, color=look.colour, linestyle=look.dash, drawstyle=style)
     if panel.log:
-        axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        _log_ticks(axes)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: general(value, 3)))
     if panel.y in ("noise_scale", "batch"):
