@@ -286,7 +286,10 @@ class Runner:
         """A process that trains one cell after another; a new one where it has died."""
         child: subprocess.Popen[str] | None = None
         while (cell := self._next(cells)) is not None:
-            if child is None or child.poll() is not None:
+            if child is not None and child.poll() is not None:
+                self._dismiss(child)
+                child = None
+            if child is None:
                 child = self._start([sys.executable, "-m", "harness.cells"], piped=True)
             run = cell.directory(self.cells).path.resolve()
             answer = _ask(child, {"config": str(self._config(cell)), "run_dir": str(run)})
@@ -298,11 +301,16 @@ class Runner:
                 }
             self._ended(cell, answer)
         if child is not None:
-            if child.stdin is not None:
-                with suppress(OSError):
-                    child.stdin.close()
-            child.wait()
-            self._children.discard(child)
+            self._dismiss(child)
+
+    def _dismiss(self, child: subprocess.Popen[str]) -> None:
+        """Let a worker end, which it does when there is nothing more to read."""
+        for pipe in (child.stdin, child.stdout):
+            with suppress(OSError):
+                if pipe is not None:
+                    pipe.close()
+        child.wait()
+        self._children.discard(child)
 
     def _launcher(self, cells: deque[Cell]) -> None:
         """``harness run`` for each cell."""
