@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_submit(commands)
     _add_bench(commands)
     _add_probe(commands)
+    _add_study(commands)
 
     status = commands.add_parser("status", help="where a run and its batch jobs are")
     status.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="or a directory of several")
@@ -292,7 +293,7 @@ def _add_submit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     submit.add_argument("--probe", action="store_true", help="measure collectives, train nothing")
     submit.add_argument("--resume", action="store_true", help="go on with the run in DIR")
     submit.add_argument("--dry-run", action="store_true", help="write the scripts and stop")
-    submit.set_defaults(run=_submit, sbatch=[])
+    submit.set_defaults(run=_submit, sbatch=[], points=())
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -351,6 +352,37 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     bench.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     bench.set_defaults(run=_bench)
+
+
+def _add_study(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    study = commands.add_parser(
+        "study",
+        help="a grid of runs, its figure, table and findings",
+        description="Run what a study's file asks for and has not run yet, and write its page. "
+        "With the same -o it goes on where it was stopped or killed.",
+    )
+    study.add_argument("study_path", type=Path, metavar="STUDY", help="YAML file of the study")
+    study.add_argument("--quick", action="store_true", help="with less, as the file says")
+    study.add_argument(
+        "--jobs", type=int, metavar="N", help="ranks that train at a time (default: the cores)"
+    )
+    study.add_argument(
+        "-o", "--out", type=Path, metavar="DIR", help="its runs; default: runs/study-NAME"
+    )
+    study.add_argument(
+        "--results", type=Path, metavar="DIR", help="NAME.md, .csv, .svg go there; default: -o"
+    )
+    study.add_argument("--gather", action="store_true", help="run nothing, write what there is")
+    study.add_argument("--submit", action="store_true", help="run it as Slurm job arrays")
+    study.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="with --submit, an option of sbatch such as --sbatch=--time=30",
+    )
+    study.add_argument("--dry-run", action="store_true", help="print the cells and stop")
+    study.set_defaults(run=_study)
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -508,6 +540,14 @@ def _bench(options: argparse.Namespace) -> int:
 
     with redirect_stdout(Unbreakable(sys.stdout)):
         return bench(_request(BenchRequest, options))
+
+
+def _study(options: argparse.Namespace) -> int:
+    from harness.progress import Unbreakable
+    from launch.study import StudyRequest, study
+
+    with redirect_stdout(Unbreakable(sys.stdout)):
+        return study(_request(StudyRequest, options))
 
 
 def _probe(options: argparse.Namespace) -> int:

@@ -48,7 +48,7 @@ class Criterion:
             )
         if not len(labels):  # where all ranks pass the model equally often
             return logits.sum() * 0.0
-        found = self._summed(self._loss, logits, labels)
+        found = self._summed(self._loss, logits, labels, torch.float32)
         if logits.requires_grad and not found.requires_grad:
             raise ConfigError(
                 f"train.loss {self._loss_name}: what it returns does not depend on the logits as "
@@ -60,7 +60,7 @@ class Criterion:
         """Like `loss` without label smoothing, summed in float64."""
         if self._loss is None:
             return functional.cross_entropy(logits, labels, reduction="none").double().sum()
-        return self._summed(self._loss, logits, labels).double()
+        return self._summed(self._loss, logits, labels, torch.float64)
 
     def metrics(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The metric, summed over the samples in float64; 0 if there is none."""
@@ -80,15 +80,17 @@ class Criterion:
             self.loss(logits, labels)
         self.metrics(logits.detach(), labels)
 
-    def _summed(self, function: Callable[..., Any], logits: Tensor, labels: Tensor) -> Tensor:
+    def _summed(
+        self, function: Callable[..., Any], logits: Tensor, labels: Tensor, dtype: torch.dtype
+    ) -> Tensor:
         key = f"train.loss {self._loss_name}"
         with calling("train.loss", self._loss_name, "calling it"):
             found = function(logits, labels)
         if self._reduction == "none":
             what = "a value for each sample, with loss_reduction none"
-            return _checked(found, key, what, labels.shape).float().sum()
+            return _checked(found, key, what, labels.shape).to(dtype).sum()
         what = f"one number, with loss_reduction {self._reduction}"
-        total = _checked(found, key, what, torch.Size()).float()
+        total = _checked(found, key, what, torch.Size()).to(dtype)
         return total * len(labels) if self._reduction == "mean" else total
 
 

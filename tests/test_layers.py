@@ -79,6 +79,7 @@ ABOVE_THE_LINE = (
     "harness.probe_verdict",
     "harness.report",
     "harness.speedfit",
+    "harness.study",
 )
 BELOW_THE_LINE = (
     "harness.comm",
@@ -120,6 +121,7 @@ BELOW_THE_LINE = (
     "harness.trainer",
     "harness.worker",
     "harness.trial",
+    "harness.cells",
     "harness.probe",
     "harness.twoway",
     "harness.benchmachine",
@@ -155,6 +157,7 @@ LAUNCH = (
     "launch.submit",
     "launch.job",
     "launch.status",
+    "launch.study",
 )
 ENTRY = ("harness.cli", "harness.__main__")
 LINES = (*ABOVE_THE_LINE, *LAUNCH, *BELOW_THE_LINE, *ENTRY)
@@ -165,6 +168,8 @@ TAKES_NUMPY = (
     "harness.keyed",
     "harness.scaling",
     "harness.report",  # through matplotlib
+    "harness.study",
+    "launch.study",
     "harness.alphabeta",
     "harness.probe_verdict",
 )

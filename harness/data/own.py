@@ -204,7 +204,7 @@ def _as_image(image: Any) -> Tensor:
             raise ValueError(f"the image must be uint8 or of floats, not {image.dtype}")
         if image.ndim == 2:
             image = image[:, :, None]
-        image = torch.from_numpy(np.ascontiguousarray(image))
+        image = torch.from_numpy(np.array(image))
         if image.dim() == 3:  # arrays have the channels last, tensors first
             image = image.permute(2, 0, 1)
     return _as_floats(image)
