@@ -30,6 +30,8 @@ def complete(parser: argparse.ArgumentParser) -> None:
         told: Any = action
         if action.dest == "config_path":
             told.completer = _configurations
+        elif action.dest == "study_path":
+            told.completer = lambda prefix, **_: _yaml_files(prefix)
         elif action.dest == "overrides":
             told.completer = _overrides
         elif action.type is not None and getattr(action.type, "__name__", "") == "Path":

@@ -13,7 +13,11 @@ from support import ROOT
 from harness.config import load_config, resolve
 from harness.origins import Origin, as_json, as_yaml, origins
 
-RECIPES = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.name.startswith("_"))
+RECIPES = sorted(
+    path
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if not path.name.startswith("_") and "studies" not in path.parts
+)
 DEMO = ROOT / "configs" / "adabatch-digits.yaml"
 
 
