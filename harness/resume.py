@@ -16,6 +16,7 @@ from harness.yamlfile import dump_yaml, one_line, parse_yaml, read_yaml
 _FREE = frozenset(
     {
         "paper",
+        "code",
         "data.root",
         "data.workers",
         "data.prefetch",
@@ -37,6 +38,7 @@ _FREE = frozenset(
         "comm.yield_when_idle",
         "train.keep_checkpoints",
         "train.tensorboard",
+        "train.trackers",
     }
 )
 _FREE_SECTIONS = ("paper.", "profile.", "launch.", "slurm.")

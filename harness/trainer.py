@@ -21,7 +21,7 @@ from harness.buffers import (
     restore_residuals,
 )
 from harness.comm.base import Communicator
-from harness.consistency import check_equal, check_finite
+from harness.consistency import Diverged, check_equal, check_finite
 from harness.data.datasets import ImageData, Split
 from harness.data.sampler import permute
 from harness.elastic import Membership, Regroup
@@ -219,7 +219,8 @@ class Trainer:
 
     def _measure(self, split: Split, samples: npt.NDArray[np.int64] | None = None) -> Evaluation:
         shape, autocast = self._data.shape, self._step.precision.autocast
-        return evaluate(self._model, split, self._comm, samples, shape, autocast)
+        criterion = self._step.criterion
+        return evaluate(self._model, split, self._comm, samples, shape, autocast, criterion)
 
     def _enter_stage(self, decision: BatchDecision, pieces: Decomposition) -> None:
         self._flush_window()  # a line holds updates of one stage only
@@ -349,10 +350,17 @@ class Trainer:
             reason=reason,
         )
         if self._skipped_in_a_row >= _MAX_SKIPPED:
+            self._note_divergence(f"{_MAX_SKIPPED} updates in a row were skipped: {reason}")
             raise HarnessError(
                 f"{_MAX_SKIPPED} updates in a row were skipped, up to update {self.clock.updates}: "
                 f"{reason}. If the run has diverged, lower lr.base or warm up for longer"
             )
+
+    def _note_divergence(self, reason: str) -> None:
+        """For who looks at many runs, of which some were to find out just that."""
+        self._journal.event(
+            "diverged", self.clock.updates, samples_seen=self.clock.samples, reason=reason
+        )
 
     def _account(
         self,
@@ -445,6 +453,7 @@ class Trainer:
             accuracy=self._evaluation.accuracy,
             accuracy_top5=self._evaluation.accuracy_top5,
             corrupt=len(self._evaluation.corrupt),
+            **_metric(self._evaluation),
         )
         self._note_corrupt("test", self._evaluation.corrupt)
         return self._evaluation
@@ -458,7 +467,11 @@ class Trainer:
 
     def _write_checkpoint(self) -> None:
         check_equal(self._model, self._step.optimizer, self._comm, self.clock.updates)
-        check_finite(self._model, self._step.optimizer, self.clock.updates)
+        try:
+            check_finite(self._model, self._step.optimizer, self.clock.updates)
+        except Diverged as error:
+            self._note_divergence(str(error))
+            raise
         table = gather_buffers(self._model, self._comm)
         residuals = gather_residuals(self._step.reducer.residuals, self._comm)
         with averaged_buffers(self._model, table):
@@ -523,6 +536,7 @@ class Trainer:
             accuracy=result.accuracy,
             accuracy_top5=result.accuracy_top5,
             corrupt=self._left_out,
+            **_metric(result),
         )
         return result
 
@@ -551,6 +565,11 @@ class Trainer:
         )
 
 
+def _metric(evaluation: Evaluation) -> dict[str, float]:
+    """As a record has it: the user's own metric, if there is one."""
+    return {} if evaluation.metric is None else {"metric": evaluation.metric}
+
+
 _NUMBERS = (
     *("samples_seen", "update", "dataset_size", "stage", "skipped_in_a_row", "train_seconds"),
     *("left_out", "evaluated_at"),
@@ -565,7 +584,11 @@ def _check_kinds(state: dict[str, Any]) -> None:
     numbers += window.seconds.values()
     evaluation = state["evaluation"]
     if evaluation is not None:
-        numbers += [value for name, value in evaluation.items() if name != "corrupt"]
+        numbers += [
+            value
+            for name, value in evaluation.items()
+            if name != "corrupt" and (name, value) != ("metric", None)
+        ]
     if not all(type(value) in (int, float) for value in numbers):
         raise TypeError("a number in it is none")
     if not isinstance(window.latest, dict):

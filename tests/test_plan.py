@@ -412,6 +412,7 @@ def test_ninety_epochs_cost_no_more_than_their_stages(
     assert len(stages) <= most
 
 
+@pytest.mark.smoke
 def test_a_recipe_s_stages_on_imagenet() -> None:
     """⌈1281167 / batch⌉ = 5005, 2503, 1252 and 626 updates in an epoch."""
     batch = {"initial": 256, "growth": LISTED}
@@ -529,6 +530,7 @@ def as_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
     return found
 
 
+@pytest.mark.smoke
 def test_json_holds_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
     plan = as_json(capsys, "--json")
     assert set(plan) == {"stages", "segments", "totals"}
@@ -586,6 +588,7 @@ def rows(text: str) -> list[str]:
     return [line for line in lines if " × " in line and line.split()[0].isdigit()]
 
 
+@pytest.mark.smoke
 def test_the_table_to_the_letter() -> None:
     made = load_config(DEMO, ["batch.micro=30"])
     assert printed(made, build_plan(made, 1437)) == TABLE
@@ -766,6 +769,7 @@ def test_a_list_is_no_configuration(capsys: pytest.CaptureFixture[str], tmp_path
     assert "is a mapping of keys, but found a list" in capsys.readouterr().err
 
 
+@pytest.mark.smoke
 def test_a_closed_standard_output_is_no_error() -> None:
     command = shlex.join([sys.executable, "-m", "harness", "plan", str(DEMO)])
     done = subprocess.run(
