@@ -262,7 +262,8 @@ def findings(runs: Sequence[Reached], names: Sequence[str]) -> list[str]:
     if own:
         found.append(
             f"- From one rank, goodput went on with two in {sum(o.last_ranks == 2 for o in own)} "
-            f"of {len(own)} runs; in the others a start took longer than the second rank saved."
+            f"of {len(own)} runs; else it did not ask for them, or a start took longer than they "
+            "saved."
         )
     return found
 
