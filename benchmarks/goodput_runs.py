@@ -26,6 +26,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ class Reached:
     last_ranks: int
     accuracy: float
     """At the end of the run."""
+    begun: str = "2026-01-01T00:00:00+00:00"
 
 
 def command(*words: object) -> None:
@@ -146,6 +148,7 @@ def read(directory: Path, seed: int, arm: str) -> Reached:
         last_batch=last["global_batch"],
         last_ranks=last["ranks"],
         accuracy=evaluations[-1]["accuracy"],
+        begun=events[0]["time"],
     )
 
 
@@ -217,7 +220,9 @@ def page(runs: Sequence[Reached], names: Sequence[str], options: argparse.Namesp
         "order; times are ratios to the fixed batch of 64 on one rank in the same block, geometric",
         f"means over {len(seeds)} blocks with 95 % intervals (Student's t of logarithms; load that",
         "changes within a block widens them). Epochs, updates and accuracy do not depend on the",
-        "load.",
+        f"load. From its first start to its last, the blocks took {spans(runs)} minutes: one that",
+        "took much longer than the others was broken off and gone on with, and its times compare",
+        "less.",
         "",
         "| arm | reached | epochs | updates | batch on ranks, then | time | rank-hours "
         "| accuracy at the end, % |",
@@ -232,6 +237,15 @@ def page(runs: Sequence[Reached], names: Sequence[str], options: argparse.Namesp
         "[goodput.md](goodput.md).",
         "",
     ])  # fmt: skip
+
+
+def spans(runs: Sequence[Reached]) -> str:
+    """Minutes between the first and the last start of each block."""
+    found = []
+    for seed in sorted({one.seed for one in runs}):
+        starts = [datetime.fromisoformat(one.begun) for one in runs if one.seed == seed]
+        found.append(f"{(max(starts) - min(starts)).total_seconds() / 60:.0f}")
+    return ", ".join(found)
 
 
 def findings(runs: Sequence[Reached], names: Sequence[str]) -> list[str]:
