@@ -392,8 +392,8 @@ def summary(found: Sequence[Outcome]) -> list[str]:
         f"- The fastest AdaBatch schedule takes {span('adabatch')} times its hours.",
         f"- The last ranks are dear: {HALF} costs {span('half saves')} times less",
         f"  than {TIME} and takes {span('half slower')} times as long; it costs",
-        f"  {span('half cost')} times what the cheapest fixed choice does. (Its bound is 2, by what",
-        "  it believes of speed and noise; and ranks are not given back.)",
+        f"  {span('half cost')} times what the cheapest fixed choice does. (Its bound is 2, by",
+        "  what it believes of speed and noise; and ranks are not given back.)",
     ]
 
 

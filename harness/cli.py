@@ -450,11 +450,14 @@ def _plan(options: argparse.Namespace) -> int:
     from harness.config import load_config
     from harness.data_sizes import train_size
     from harness.schedule.plan import build_plan
-    from harness.speedfit import settled_growth, told_otherwise
 
-    config = settled_growth(load_config(options.config_path, options.overrides))
-    for difference in told_otherwise(config):
-        print(f"harness: {difference}", file=sys.stderr)
+    config = load_config(options.config_path, options.overrides)
+    if config.batch.growth.policy == "goodput":
+        from harness.speedfit import settled_growth, told_otherwise
+
+        config = settled_growth(config)
+        for difference in told_otherwise(config):
+            print(f"harness: {difference}", file=sys.stderr)
     plan = build_plan(config, train_size(config.data))
     costs = None
     if options.throughput is not None:
