@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_submit(commands)
     _add_bench(commands)
     _add_probe(commands)
+    _add_study(commands)
 
     status = commands.add_parser("status", help="where a run and its batch jobs are")
     status.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="or a directory of several")
@@ -175,6 +176,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_first_steps(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    init = commands.add_parser(
+        "init",
+        help="write a first configuration, from four questions and a measurement",
+        description="Ask what is not given (or take defaults with --yes), measure the micro-batch "
+        "that fits and the speed that it has, and write a commented YAML file that runs.",
+    )
+    _fill_init(init)
+
     config = commands.add_parser(
         "config", help="the resolved configuration, and where each value comes from"
     )
@@ -191,6 +200,24 @@ def _add_first_steps(commands: argparse._SubParsersAction[argparse.ArgumentParse
     )
     completion.add_argument("shell", choices=("bash", "zsh", "fish"))
     completion.set_defaults(run=_completion)
+
+
+def _fill_init(init: argparse.ArgumentParser) -> None:
+    init.add_argument("out", type=Path, nargs="?", metavar="FILE", help="default: DATA-MODEL.yaml")
+    init.add_argument("--data", metavar="NAME|DIR", help="a data set, or where its files are")
+    init.add_argument("--root", type=Path, metavar="DIR", help="where they are, if --data is NAME")
+    init.add_argument("--model", metavar="NAME", help="its name")
+    init.add_argument("--ranks", type=int, metavar="N", help="processes that train together")
+    init.add_argument("--duration", metavar="20ep|2h", help="length: epochs, updates or a time")
+    init.add_argument("--yes", action="store_true", help="defaults for what is not given")
+    init.add_argument("--force", action="store_true", help="replace a file that is there")
+    init.add_argument(
+        "--no-measure", dest="measure", action="store_false", help="guess the micro-batch"
+    )
+    init.add_argument(
+        "--seconds", type=float, metavar="S", default=10.0, help="to measure for (default: 10)"
+    )
+    init.set_defaults(run=_init)
 
 
 def _fill_doctor(doctor: argparse.ArgumentParser) -> None:
@@ -213,7 +240,9 @@ def _fill_doctor(doctor: argparse.ArgumentParser) -> None:
         default=120.0,
         help="seconds for the ranks (default: 120)",
     )
-    doctor.add_argument("--quick", action="store_true", help="import and start nothing")
+    doctor.add_argument(
+        "--quick", action="store_true", help="import nothing to see whether it loads"
+    )
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(run=_doctor)
 
@@ -264,7 +293,7 @@ def _add_submit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     submit.add_argument("--probe", action="store_true", help="measure collectives, train nothing")
     submit.add_argument("--resume", action="store_true", help="go on with the run in DIR")
     submit.add_argument("--dry-run", action="store_true", help="write the scripts and stop")
-    submit.set_defaults(run=_submit, sbatch=[])
+    submit.set_defaults(run=_submit, sbatch=[], points=())
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -323,6 +352,37 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     bench.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     bench.set_defaults(run=_bench)
+
+
+def _add_study(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    study = commands.add_parser(
+        "study",
+        help="a grid of runs, its figure, table and findings",
+        description="Run what a study's file asks for and has not run yet, and write its page. "
+        "With the same -o it goes on where it was stopped or killed.",
+    )
+    study.add_argument("study_path", type=Path, metavar="STUDY", help="YAML file of the study")
+    study.add_argument("--quick", action="store_true", help="with less, as the file says")
+    study.add_argument(
+        "--jobs", type=int, metavar="N", help="ranks that train at a time (default: the cores)"
+    )
+    study.add_argument(
+        "-o", "--out", type=Path, metavar="DIR", help="its runs; default: runs/study-NAME"
+    )
+    study.add_argument(
+        "--results", type=Path, metavar="DIR", help="NAME.md, .csv, .svg go there; default: -o"
+    )
+    study.add_argument("--gather", action="store_true", help="run nothing, write what there is")
+    study.add_argument("--submit", action="store_true", help="run it as Slurm job arrays")
+    study.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="with --submit, an option of sbatch such as --sbatch=--time=30",
+    )
+    study.add_argument("--dry-run", action="store_true", help="print the cells and stop")
+    study.set_defaults(run=_study)
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -417,6 +477,12 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _init(options: argparse.Namespace) -> int:
+    from harness.first_config import InitRequest, init, terminal
+
+    return init(_request(InitRequest, options), terminal())
+
+
 def _config(options: argparse.Namespace) -> int:
     from harness.config import resolve
     from harness.origins import as_json, as_yaml, origins
@@ -474,6 +540,14 @@ def _bench(options: argparse.Namespace) -> int:
 
     with redirect_stdout(Unbreakable(sys.stdout)):
         return bench(_request(BenchRequest, options))
+
+
+def _study(options: argparse.Namespace) -> int:
+    from harness.progress import Unbreakable
+    from launch.study import StudyRequest, study
+
+    with redirect_stdout(Unbreakable(sys.stdout)):
+        return study(_request(StudyRequest, options))
 
 
 def _probe(options: argparse.Namespace) -> int:

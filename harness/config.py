@@ -53,7 +53,7 @@ def resolve(path: Path, overrides: Sequence[str] = ()) -> Resolved:
     try:
         config = Config.model_validate(document.data)
     except ValidationError as error:
-        raise ConfigError(_explain(error, document, path)) from None
+        raise ConfigError(explain(error, document, path)) from None
     return Resolved(_placed(config, path), document.places)
 
 
@@ -161,11 +161,17 @@ def _merged(base: Any, over: Any, path: Path_, replaced: set[Path_]) -> Any:
     }
 
 
-def _explain(error: ValidationError, document: Document, path: Path) -> str:
+def explain(
+    error: ValidationError, document: Document, path: Path, root: type[BaseModel] = Config
+) -> str:
+    """Every problem that pydantic has found in a file's data, each on a line with its place.
+
+    ``root``: what the data were to be.
+    """
     lines = []
     for problem in error.errors(include_url=False):
-        loc, sections = _locate(problem["loc"])
-        sentence = _sentence(problem, loc, sections)
+        loc, sections = _locate(problem["loc"], root)
+        sentence = _sentence(problem, loc, sections, root)
         named = _NAMED_KEY.match(sentence)
         key = _as_path(named[0]) if named else loc
         place = _nearest(document, key if key[: len(loc)] == loc else loc)
@@ -180,11 +186,13 @@ def _as_path(key: str) -> Path_:
     return tuple(int(part) if part.isdigit() else part for part in key.split("."))
 
 
-def _locate(loc: tuple[int | str, ...]) -> tuple[Path_, list[type[BaseModel]]]:
+def _locate(
+    loc: tuple[int | str, ...], root: type[BaseModel]
+) -> tuple[Path_, list[type[BaseModel]]]:
     """Pydantic's location as the file has it, without the tags of unions, and the sections that may
     stand there: none for a plain value, several for a union whose tag is not known."""
     path: list[int | str] = []
-    models: list[type[BaseModel]] = [Config]
+    models: list[type[BaseModel]] = [root]
     for part in loc:
         tagged = [model for model in models if len(models) > 1 and part in own_tags(model)]
         if tagged:
@@ -228,11 +236,13 @@ _RULES = {
 }
 
 
-def _sentence(problem: Any, loc: Path_, sections: list[type[BaseModel]]) -> str:
+def _sentence(
+    problem: Any, loc: Path_, sections: list[type[BaseModel]], root: type[BaseModel]
+) -> str:
     kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     key = one_line(".".join(map(str, loc)))
     if kind == "extra_forbidden":
-        valid = _valid_keys(_locate(problem["loc"][:-1])[1])
+        valid = _valid_keys(_locate(problem["loc"][:-1], root)[1])
         near = difflib.get_close_matches(str(loc[-1]), valid, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return f"{key}: unknown key; {hint}valid here: {', '.join(valid)}"
@@ -245,7 +255,7 @@ def _sentence(problem: Any, loc: Path_, sections: list[type[BaseModel]]) -> str:
         return f"{key}.{tag}: must be one of {valid_tags}, not {shown(value[tag])}"
     if kind == "value_error":
         message = str(context["error"])
-        return message if _NAMED_KEY.match(message) else f"{key}: {message}"
+        return message if not key or _NAMED_KEY.match(message) else f"{key}: {message}"
     if kind in _RULES:
         quote = kind == "string_type" and isinstance(value, bool | int | float)
         hint = "; put it in quotes" if quote else ""

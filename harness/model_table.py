@@ -47,7 +47,7 @@ TORCHVISION = (
 _BOTTLENECKS = ("groups", "width_per_group", "replace_stride_with_dilation")
 
 _FAMILIES: dict[str, tuple[str, ...]] = {
-    "lenet5": (),
+    "lenet5": ("batch_norm",),
     "alexnet": ("dropout",),
     "convnext": ("stochastic_depth_prob", "layer_scale"),
     "densenet": ("bn_size", "drop_rate", "memory_efficient"),

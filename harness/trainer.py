@@ -21,7 +21,7 @@ from harness.buffers import (
     restore_residuals,
 )
 from harness.comm.base import Communicator
-from harness.consistency import check_equal, check_finite
+from harness.consistency import Diverged, check_equal, check_finite
 from harness.data.datasets import ImageData, Split
 from harness.data.sampler import permute
 from harness.elastic import Membership, Regroup
@@ -350,10 +350,17 @@ class Trainer:
             reason=reason,
         )
         if self._skipped_in_a_row >= _MAX_SKIPPED:
+            self._note_divergence(f"{_MAX_SKIPPED} updates in a row were skipped: {reason}")
             raise HarnessError(
                 f"{_MAX_SKIPPED} updates in a row were skipped, up to update {self.clock.updates}: "
                 f"{reason}. If the run has diverged, lower lr.base or warm up for longer"
             )
+
+    def _note_divergence(self, reason: str) -> None:
+        """For who looks at many runs, of which some were to find out just that."""
+        self._journal.event(
+            "diverged", self.clock.updates, samples_seen=self.clock.samples, reason=reason
+        )
 
     def _account(
         self,
@@ -460,7 +467,11 @@ class Trainer:
 
     def _write_checkpoint(self) -> None:
         check_equal(self._model, self._step.optimizer, self._comm, self.clock.updates)
-        check_finite(self._model, self._step.optimizer, self.clock.updates)
+        try:
+            check_finite(self._model, self._step.optimizer, self.clock.updates)
+        except Diverged as error:
+            self._note_divergence(str(error))
+            raise
         table = gather_buffers(self._model, self._comm)
         residuals = gather_residuals(self._step.reducer.residuals, self._comm)
         with averaged_buffers(self._model, table):

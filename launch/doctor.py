@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from harness.doctor.storage import nearest, storage
 from harness.errors import HarnessError, LaunchError
 from harness.launch_schema import Launch
 from harness.schema import Comm
+from harness.wording import counted
 from launch import detect
 from launch.assemble import Launcher, find_hosts, usual_launcher
 from launch.preflight import Needs, check_hosts, is_local, mpi_daemon, over_ssh
@@ -37,14 +38,14 @@ class DoctorRequest:
     run_dir: Path = Path("runs")
     """Where runs are to be written."""
     ranks: int | None = None
-    """Start so many; None with hosts: one for each slot, without: none."""
+    """Start so many, and let them meet; None: look only."""
     hosts: str | None = None
     hostfile: Path | None = None
     launcher: Launcher | None = None
     timeout: float = 120.0
     """Seconds for the ranks to come through all checks."""
     quick: bool = False
-    """Import and start nothing."""
+    """Import nothing, so what is told is what is installed and not whether it loads."""
     json: bool = False
 
 
@@ -60,10 +61,10 @@ def doctor(request: DoctorRequest) -> int:
     found = local_findings(request)
     data = datasets.data_sets(request.data, installed_as("scikit-learn", "sklearn") is not None)
     found += _data_finding(request.data, data)
-    reachable = [reached(host, request) for host in hosts]
+    reachable = reached(hosts, request)
     found += reachable
-    if (asked or request.ranks is not None) and not request.quick:
-        found += _tried(request, findings.good(reachable))
+    if request.ranks is not None:
+        found += _tried(request, request.ranks, findings.good(reachable))
     if request.json:
         print(findings.as_json(found, datasets.as_dict(data)))
     else:
@@ -117,7 +118,7 @@ def _mpi(software: dict[str, Finding], quick: bool) -> list[Finding]:
         said = detect.mpi_version()
         flavour = detect.mpi_flavour(said)
     except LaunchError as error:
-        text, _, remedy = str(error).partition("; ")
+        text, remedy = _divided(str(error))
         return [Finding("MPI", text, "missing", remedy or _MPI, facts=facts), horovodrun]
     number = re.search(r"\d+\.\d+[\w.]*", said)
     facts |= {"flavour": flavour, "version": number[0] if number else None}
@@ -191,27 +192,39 @@ def _partitions() -> list[str] | None:
 # Other hosts
 
 
-def reached(host: Host, request: DoctorRequest) -> Finding:
-    """Whether ssh gets there, and finds there what ranks need."""
-    if is_local(host.name):
-        return Finding(host.name, f"this machine, {host.slots} slots", group="hosts")
+def reached(hosts: Sequence[Host], request: DoctorRequest) -> list[Finding]:
+    """Whether ssh gets there, and finds there what ranks need; all hosts at once."""
     launcher = request.launcher or usual_launcher(_LAUNCH, Comm())
-    if not over_ssh(launcher):
-        return Finding(host.name, f"{host.slots} slots, reached by {launcher}", group="hosts")
     needs = Needs(sys.executable, nearest(request.run_dir), mpi_daemon("mpi"), python_key=None)
+    names = [host.name for host in hosts] if over_ssh(launcher) else []
     try:
-        wrong = check_hosts([host.name], needs, _LAUNCH.connect_timeout).get(host.name)
-    except LaunchError as error:
-        wrong = str(error)
-    if wrong is None:
-        text = f"answers ssh, has this Python, MPI and directory; {host.slots} slots"
-        return Finding(host.name, text, group="hosts", facts={"slots": host.slots})
-    text, _, remedy = wrong.partition("; ")
-    remedy = remedy or f"ssh {host.name} true, from {socket.gethostname()}"
-    return Finding(host.name, text, "missing", remedy, "hosts", {"slots": host.slots})
+        troubles = check_hosts(names, needs, _LAUNCH.connect_timeout)
+    except LaunchError as error:  # there is no ssh
+        troubles = {name: str(error) for name in names if not is_local(name)}
+    return [_reached(host, launcher, troubles.get(host.name)) for host in hosts]
 
 
-def _tried(request: DoctorRequest, reachable: bool) -> list[Finding]:
+def _reached(host: Host, launcher: str, wrong: str | None) -> Finding:
+    facts, slots = {"slots": host.slots}, counted(host.slots, "slot")
+    if wrong is not None:
+        text, remedy = _divided(wrong)
+        remedy = f"{remedy + '; ' * bool(remedy)}try: ssh {host.name} true"
+        return Finding(host.name, text, "missing", remedy, "hosts", facts)
+    if is_local(host.name):
+        return Finding(host.name, f"this machine, {slots}", group="hosts", facts=facts)
+    if not over_ssh(launcher):
+        return Finding(host.name, f"{slots}, reached by {launcher}", group="hosts", facts=facts)
+    text = f"answers ssh, has this Python, MPI and directory; {slots}"
+    return Finding(host.name, text, group="hosts", facts=facts)
+
+
+def _divided(message: str) -> tuple[str, str]:
+    """What is wrong, and what to do."""
+    text, _, remedy = message.partition("; ")
+    return text, remedy
+
+
+def _tried(request: DoctorRequest, ranks: int, reachable: bool) -> list[Finding]:
     """What real ranks say of each other."""
     from launch.twoway import TwoWay
 
@@ -219,7 +232,8 @@ def _tried(request: DoctorRequest, reachable: bool) -> list[Finding]:
         text = "not tried, as a host cannot be used"
         return [Finding("ranks", text, "missing", "put the hosts right first", "ranks")]
     try:
-        return TwoWay(request.ranks, request.hosts, request.hostfile, request.launcher,
+        return TwoWay(ranks, request.hosts, request.hostfile, request.launcher,
                       request.run_dir, request.timeout).findings()  # fmt: skip
     except HarnessError as error:
-        return [Finding("ranks", str(error), "missing", "", "ranks")]
+        text, remedy = _divided(str(error))
+        return [Finding("ranks", text, "missing", remedy or "see docs/launch.md", "ranks")]

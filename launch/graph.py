@@ -42,6 +42,8 @@ class SubmitRequest:
     """Node counts of a scaling series, such as 1,2,4."""
     sweep: tuple[str, ...] = ()
     """KEY=VALUE,VALUE,… each."""
+    points: tuple[tuple[str, Path], ...] = ()
+    """In place of a grid: run directories' names, each with a configuration of its own."""
     limit: int | None = None
     probe: bool = False
     dry_run: bool = False
@@ -125,7 +127,7 @@ def build_graph(
     request: SubmitRequest, overrides: tuple[str, ...], config: Config, plan: Plan, place: Place
 ) -> Graph:
     """The jobs, with every file rendered. Raises LaunchError or ConfigError."""
-    if request.sweep:
+    if request.sweep or request.points:
         graph = _sweep(request, overrides, config, place)
     elif request.nodes is not None:
         graph = _scaling(request, overrides, config, place)
@@ -165,18 +167,10 @@ def _sweep(
     request: SubmitRequest, overrides: tuple[str, ...], config: Config, place: Place
 ) -> Graph:
     """A job array with a task for each point of the grid, and the job that makes the report."""
-    axes = [_axis(text) for text in request.sweep]
-    grid = list(itertools.product(*axes))
-    if len(grid) > MAX_POINTS:
-        raise LaunchError(
-            f"--sweep: {len(grid)} points are more than the {MAX_POINTS} of one job array; leave "
-            "some values out"
-        )
     points, files = [], {}
-    for index, settings in enumerate(grid):
-        own = resolve(request.config_path, (*overrides, *settings))
+    for name, path, settings in _runs_of(request):
+        own = resolve(path, (*overrides, *settings))
         ranks = max(row.ranks for row in plan_of(own).stages)
-        name = f"{index:04d}-{re.sub(r'[^A-Za-z0-9._=+-]+', '-', ','.join(settings))[:60]}"
         points.append(Point(name, list(settings), ranks, nodes_for(own, ranks)))
         files[place.run_dir / name / "slurm" / "config.yaml"] = dump_config(own)
     sizes = {(point.ranks, point.nodes): ", ".join(point.settings) for point in points}
@@ -191,6 +185,27 @@ def _sweep(
         "sweep", "sweep", points[0].ranks, points[0].nodes, points=names, limit=request.limit
     )
     return Graph("sweep", config, place, [job, gather([job], names)], points, files)
+
+
+def _runs_of(request: SubmitRequest) -> list[tuple[str, Path, tuple[str, ...]]]:
+    """(name of its directory, configuration, overrides) of each run of a job array."""
+    if request.points:
+        return [(name, path, ()) for name, path in request.points]
+    axes = [_axis(text) for text in request.sweep]
+    grid = list(itertools.product(*axes))
+    if len(grid) > MAX_POINTS:
+        raise LaunchError(
+            f"--sweep: {len(grid)} points are more than the {MAX_POINTS} of one job array; leave "
+            "some values out"
+        )
+    return [
+        (
+            f"{index:04d}-{re.sub(r'[^A-Za-z0-9._=+-]+', '-', ','.join(settings))[:60]}",
+            request.config_path,
+            settings,
+        )
+        for index, settings in enumerate(grid)
+    ]
 
 
 def _axis(text: str) -> list[str]:

@@ -6,8 +6,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,20 @@ from harness.records import RunDirectory
 from harness.schema import Comm
 from harness.twoway_steps import STEPS, Standing, read_result, standings
 from harness.wording import counted
+from harness.yamlfile import one_line
 from launch.assemble import MODULES, Launcher, completed, find_hosts, inherited, usual_launcher
 from launch.execute import Stopper, execute
 from launch.hosts import fill
 from launch.outcome import Ended, judge
-from launch.preflight import Needs, check_reachable, mpi_daemon
+from launch.preflight import Needs, check_reachable, is_local, mpi_daemon
 from launch.spec import LaunchSpec
 
 _LAUNCH = Launch()
 _GROUP = "ranks"
 _FAR = 1.0
 """Seconds between clocks that deserve a word: records of several hosts are read side by side."""
+_LAST_LINES = 6
+"""Of what the ranks have printed, for a message."""
 _MUST_AGREE = ("python", "torch", "horovod", "harness")
 
 
@@ -39,7 +42,7 @@ _MUST_AGREE = ("python", "torch", "horovod", "harness")
 class TwoWay:
     """A trial of ranks on hosts."""
 
-    ranks: int | None
+    ranks: int
     hosts: str | None
     hostfile: Path | None
     launcher: Launcher | None
@@ -50,8 +53,7 @@ class TwoWay:
         """Start the ranks and tell what they have found. Raises LaunchError, RunDirectoryError if
         they cannot be started as asked."""
         hosts = find_hosts(self.hosts, self.hostfile)
-        ranks = sum(host.slots for host in hosts) if self.ranks is None else self.ranks
-        placed = fill(ranks, hosts)
+        placed = fill(self.ranks, hosts)
         launcher = self.launcher or usual_launcher(_LAUNCH, Comm())
         folder = self._folder()
         try:
@@ -61,12 +63,12 @@ class TwoWay:
             names = [host.name for host in placed]
             check_reachable(launcher, names, needs, _LAUNCH.connect_timeout)
             settings = inherited(placed, None) | {
-                environment.WORLD_SIZE: str(ranks),
+                environment.WORLD_SIZE: str(self.ranks),
                 environment.FAILURE_DIR: str(directory.failures),
                 environment.LAUNCHER: launcher,
             }
             command = (sys.executable, "-m", "harness.twoway", str(folder))
-            spec = completed(LaunchSpec(ranks, placed, command, settings), launcher, _LAUNCH)
+            spec = completed(LaunchSpec(self.ranks, placed, command, settings), launcher, _LAUNCH)
             return self._told(spec, launcher, directory)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -83,14 +85,14 @@ class TwoWay:
             ) from None
 
     def _told(self, spec: LaunchSpec, launcher: Launcher, directory: RunDirectory) -> list[Finding]:
-        begun = time.monotonic()
+        begun, display = time.monotonic(), _Silent()
         with Stopper(lambda: None, "after this") as stopper:
             ended = execute(
                 MODULES[launcher].arguments(spec),
                 spec,
                 launcher,
                 directory,
-                _Silent(),
+                display,
                 stopper,
                 limit=self.timeout,
             )
@@ -98,7 +100,9 @@ class TwoWay:
         known = standings(directory.path, spec.ranks)
         result = read_result(directory.path)
         if result is None or ended.exit_code:
-            return [self._failed(spec, launcher, directory, ended, known, late), *_versions(known)]
+            failed = self._failed(spec, launcher, directory, ended, known, late)
+            said = "".join(f"\n{line}" for line in display.last) if not late else ""
+            return [replace(failed, text=failed.text + said), *_versions(known)]
         return [_started(spec, launcher, result, begun), *_agreements(result)]
 
     def _failed(
@@ -116,16 +120,27 @@ class TwoWay:
             remedy = _remedy(known, spec)
             return Finding("ranks", text, "missing", remedy, _GROUP, facts)
         outcome = judge(ended, spec, directory)
-        where = f" ({behind(known, spec)})" if known else ""
-        remedy = "what the ranks have printed is in the message" if not known else ""
-        return Finding("ranks", f"{outcome.message}{where}", "missing", remedy, _GROUP, facts)
+        text = f"{_brief(outcome.message)} (least far: {behind(known, spec)})"
+        return Finding("ranks", text, "missing", _remedy(known, spec), _GROUP, facts)
 
 
 class _Silent(PlainLines):
     """What the ranks print belongs to a message if something goes wrong, and nowhere else."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: deque[str] = deque(maxlen=_LAST_LINES)
+
     def say(self, text: str) -> None:
-        pass
+        self.last.append(one_line(text, 300))
+
+
+def _brief(message: str) -> str:
+    """Of a launcher's traceback, its last line."""
+    lines = message.splitlines()
+    if not any(line.startswith("Traceback") for line in lines):
+        return message
+    return f"{lines[0]}: {lines[-1].strip()}"
 
 
 def behind(known: dict[int, Standing], spec: LaunchSpec) -> str:
@@ -168,13 +183,14 @@ def _remedy(known: dict[int, Standing], spec: LaunchSpec) -> str:
     if len(known) < spec.ranks:
         missing = next(rank for rank in range(spec.ranks) if rank not in known)
         host = spec.host_of(missing)
-        return f"ssh {host} {sys.executable} -m harness doctor --quick"
+        there = "" if host is None or is_local(host) else f"ssh {host} "
+        return f"{there}{sys.executable} -m harness doctor"
     if steps & {"join", "allreduce", "pairs"}:
         return (
             "the hosts do not reach each other on the interface that MPI has chosen: `ip addr` on "
             "each, then launch.interfaces=[NAME] (OMPI_MCA_btl_tcp_if_include=NAME for this check)"
         )
-    return "harness doctor on that host says more"
+    return f"{sys.executable} -m harness doctor, on that host, says more"
 
 
 # What the ranks have found

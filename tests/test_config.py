@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from support import ROOT
+from support import RECIPES
 
 from harness.config import dump_config, load_config
 from harness.dataset_table import DATASETS
@@ -367,7 +367,7 @@ def test_the_micro_batch_is_at_most_the_batch(tmp_path: Path) -> None:
     assert load(MINIMAL, "batch.micro=7", folder=tmp_path).batch.micro_batch == 7
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_the_configurations_that_come_along_are_valid(path: Path) -> None:
     config = load_config(path)
     assert config.name
@@ -626,6 +626,7 @@ def raw_configs(draw: st.DrawFn) -> dict[str, Any]:
             ),
         },
         "model": {"name": draw(st.sampled_from([*OWN, *TORCHVISION, "a.b:c"]))},
+        "code": "/srv/models",  # which loading would write out, from the file's place
         "batch": batch,
         "optimizer": draw(optimizer) | draw(lars | st.just({})),
         "lr": draw(raw_rates(duration)),

@@ -56,6 +56,7 @@ ABOVE_THE_LINE = (
     "harness.schedule.plan",
     "harness.schedule.updates",
     "harness.records",
+    "harness.first_config",
     "harness.attempts",
     "harness.benchfile",
     "harness.benchstats",
@@ -78,6 +79,7 @@ ABOVE_THE_LINE = (
     "harness.probe_verdict",
     "harness.report",
     "harness.speedfit",
+    "harness.study",
 )
 BELOW_THE_LINE = (
     "harness.comm",
@@ -118,6 +120,8 @@ BELOW_THE_LINE = (
     "harness.elastic",
     "harness.trainer",
     "harness.worker",
+    "harness.trial",
+    "harness.cells",
     "harness.probe",
     "harness.twoway",
     "harness.benchmachine",
@@ -153,6 +157,7 @@ LAUNCH = (
     "launch.submit",
     "launch.job",
     "launch.status",
+    "launch.study",
 )
 ENTRY = ("harness.cli", "harness.__main__")
 LINES = (*ABOVE_THE_LINE, *LAUNCH, *BELOW_THE_LINE, *ENTRY)
@@ -163,6 +168,8 @@ TAKES_NUMPY = (
     "harness.keyed",
     "harness.scaling",
     "harness.report",  # through matplotlib
+    "harness.study",
+    "launch.study",
     "harness.alphabeta",
     "harness.probe_verdict",
 )

@@ -505,7 +505,7 @@ def test_options_reach_the_constructor(name: str, options: dict[str, object], re
 @pytest.mark.parametrize(
     ("name", "option", "message"),
     [
-        ("lenet5", "width", "; valid are: none$"),
+        ("lenet5", "width", "; valid are: batch_norm$"),
         ("resnet20", "groups", "; valid are: none$"),
         ("resnet50", "depth", "; valid are: groups, width_per_group, replace_stride_with_dilation"),
         ("resnet50_cifar", "depth", "; valid are: groups, width_per_group, "),
