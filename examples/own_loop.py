@@ -21,7 +21,7 @@ def main(directory: str) -> None:
     torch.manual_seed(0)  # the same weights on all ranks
     torch.set_num_threads(1)
     digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32)[:640, None] / 16
+    images = torch.tensor(digits.images, dtype=torch.float32)[:320, None] / 16
     images = functional.interpolate(images, size=(32, 32), mode="bilinear").expand(-1, 3, -1, -1)
     labels = torch.tensor(digits.target)
     model = api.import_tolerantly("torchvision.models").resnet18(num_classes=10)

@@ -19,7 +19,7 @@ from harness.evaluate import gather_texts
 from harness.forward import ForwardPass
 from harness.gradstats import clip_factor
 from harness.keyed import fold_key
-from harness.optimizer import build_optimizer, set_rates, take_step
+from harness.optimizer import build_optimizer, check_state, set_rates, take_step
 from harness.profiler import Profiler
 from harness.reducer import GradientReducer, Reduced
 from harness.schedule.rates import Rates
@@ -91,7 +91,11 @@ class GradientStep:
         self._nothing = Batch(nothing, nothing.new_empty(0, dtype=torch.int64))
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next update depends on; each rank's own residuals are left out."""
+        """What the next update depends on; each rank's own residuals are left out.
+
+        Raises ConfigError if the user's own optimizer has a state that cannot be saved.
+        """
+        check_state(self.optimizer, self._config.optimizer.name)
         return {
             "optimizer": self.optimizer.state_dict(),
             "reducer": self.reducer.state_dict(),

@@ -67,6 +67,29 @@ def take_step(optimizer: torch.optim.Optimizer, name: str) -> None:
         optimizer.step()
 
 
+def check_state(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Raise ConfigError if a user's own optimizer has a state that no checkpoint can bring back."""
+    if not is_own(name):
+        return
+    waiting: list[Any] = [optimizer.state_dict()]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            waiting += value
+        elif isinstance(value, Tensor):
+            if value.layout != torch.strided:
+                raise ConfigError(
+                    f"optimizer.name {name}: its state has a tensor that is not dense"
+                )
+        elif not isinstance(value, str | int | float | bool | None):
+            raise ConfigError(
+                f"optimizer.name {name}: its state has a {type(value).__name__}; a checkpoint "
+                "holds dense tensors, numbers, text, and lists and dictionaries of them"
+            )
+
+
 def _lars(groups: list[dict[str, Any]], config: Config) -> LARS:
     settings = config.optimizer
     options = dict(PRESETS[settings.preset]) if settings.preset else {}

@@ -21,6 +21,7 @@ from harness.attempts import Attempt, Draft, check_format
 from harness.autotune import Tuned, slower_than_none, tune
 from harness.benchstats import Enough
 from harness.comm import Communicator, allreduce, broadcast_bytes, open_communicator
+from harness.comm.base import allgather_bytes
 from harness.comm.together import AllLeave, together
 from harness.config import dump_config, load_config
 from harness.criterion import Criterion
@@ -29,6 +30,7 @@ from harness.data.shared import load_shared
 from harness.elastic import LeftOut, Membership, Regroup
 from harness.errors import (
     CheckpointError,
+    ConfigError,
     HarnessError,
     PeerLost,
     RunDirectoryError,
@@ -173,6 +175,7 @@ def _run(
             keep_freed_memory()  # only now: what loading has used for a moment goes back
             pulse.at("building the model")
             model = together(comm, lambda: _model(config, data, comm))
+            _check_same_code(config, comm)
         except AllLeave:
             if comm.rank == 0 and not resume:
                 lock.discard()  # no run has begun
@@ -238,6 +241,26 @@ def _model(config: Config, data: ImageData, comm: Communicator) -> nn.Module:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     # With one rank too: what many ranks are compared with runs the same code.
     return convert(model, comm) if config.train.sync_batch_norm else model
+
+
+def _check_same_code(config: Config, comm: Communicator) -> None:
+    """Raise AllLeave if ranks have different files of the user's own parts. Collective."""
+    parts = config.own_parts()
+    if not parts or comm.size == 1:
+        return
+    mine = {Path(path).name: found["sha256"] for path, found in own.files(parts).items()}
+    told = allgather_bytes(comm, json.dumps(mine, sort_keys=True).encode(), "code")
+
+    def compare() -> None:
+        first = json.loads(told[0])
+        differ = [name for name in mine.keys() & first if mine[name] != first[name]]
+        if differ:
+            raise ConfigError(
+                f"{', '.join(sorted(differ))}: rank {comm.rank} on {environment.host()} has "
+                "another one than rank 0; give every host the same copy"
+            )
+
+    together(comm, compare)
 
 
 def _take(config: Config, run: RunDirectory, lock: RunLock, resume: bool) -> None:

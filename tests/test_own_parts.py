@@ -24,7 +24,7 @@ from harness.data.datasets import CPU
 from harness.data.own import load
 from harness.data_sizes import train_size
 from harness.errors import ConfigError, DataError, HarnessError
-from harness.optimizer import build_optimizer, set_rates, take_step
+from harness.optimizer import build_optimizer, check_state, set_rates, take_step
 from harness.provenance import changed_files
 from harness.schema import Config, Data, Train
 from harness.units import Duration
@@ -538,6 +538,18 @@ def test_an_own_optimizer_follows_the_schedule_like_the_builtin_one(
 def test_an_optimizer_that_cannot_train_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         two_steps(settings)
+
+
+def test_a_state_that_no_checkpoint_can_hold_is_refused_when_it_is_saved() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    check_state(optimizer, "a:b")
+    optimizer.state[model.weight]["seen"] = np.zeros(2)
+    with pytest.raises(ConfigError, match=r"optimizer\.name a:b: its state has a ndarray"):
+        check_state(optimizer, "a:b")
+    check_state(optimizer, "sgd")
 
 
 # ---- a whole run --------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ RUN = (
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parallel(2)
 def test_own_parts_have_one_trajectory_on_any_ranks_and_after_a_kill(tmp_path: Path) -> None:
     one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
@@ -48,6 +49,7 @@ def test_own_parts_have_one_trajectory_on_any_ranks_and_after_a_kill(tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parallel(2)
 def test_a_loop_of_ones_own_on_two_ranks_killed_and_started_again(tmp_path: Path) -> None:
     script = EXAMPLES / "own_loop.py"
@@ -61,15 +63,15 @@ def test_a_loop_of_ones_own_on_two_ranks_killed_and_started_again(tmp_path: Path
         for process in psutil.Process(job.pid).children(recursive=True):
             if str(script) in process.cmdline() and "mpirun" not in process.cmdline()[0]:
                 process.kill()
-        assert job.wait(60) != 0
+        assert job.wait(120) != 0
     done = run_loop(two_ranks, script, killed)
     assert done.returncode == 0, done.stdout
     begun = [int(number) for number in re.findall(r"update (\d+): batch", done.stdout)]
     assert begun[0] > 3
-    assert begun == list(range(begun[0], 16))
+    assert begun == list(range(begun[0], 9))
     ours, theirs = (newest(tmp_path / name) for name in ("two", "one"))
     assert identical(ours["updates"], theirs["updates"])
-    assert identical(ours["optimizer"], theirs["optimizer"])
+    assert identical(ours["optimizer"]["state"], theirs["optimizer"]["state"])
     for key, tensor in theirs["model"].items():
         # Each rank's batch norm has seen the micro-batches of its own.
         assert torch.equal(ours["model"][key], tensor) or "running_" in key or "num_batch" in key
@@ -81,7 +83,7 @@ def run_loop(command: list[str], script: Path, directory: Path) -> subprocess.Co
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=200,
+        timeout=400,
         check=False,
     )
 
