@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import yaml
 from pydantic import BaseModel
 from support import ROOT
 
+from harness.cli import main
 from harness.config import load_config
 from harness.schema import Config
 
@@ -172,3 +174,60 @@ def test_the_page_on_files_has_the_fields_that_are_written(tmp_path: Path) -> No
     for event in map(json.loads, events):
         assert kinds[event["kind"]] <= set(event), event["kind"]
     assert {json.loads(line)["kind"] for line in events} >= {"start", "evaluation", "end"}
+
+
+# Troubleshooting: what is quoted is what the code says
+
+TROUBLE = (DOCS / "troubleshooting.md").read_text("utf-8")
+FOREIGN = "No network interfaces were found"  # Open MPI's own words
+
+
+def literals() -> set[str]:
+    """The texts in the sources, with what they fill in cut out."""
+    found = set()
+    for folder in ("harness", "launch"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.update(part for part in node.value.split("\n") if len(part) >= 4)
+    return found
+
+
+def quoted() -> list[str]:
+    """Messages in blocks, without the commands before them, and sentences in quotes."""
+    blocks = re.findall(r"^```\n(.*?)^```", TROUBLE, re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.splitlines() if line[:2] != "$ "]
+    told = [line for line in lines if line.startswith(("harness: ", "Set-up failed: "))]
+    return told + re.findall(r"^> (.*)$", TROUBLE, re.MULTILINE)
+
+
+def covered(message: str, texts: set[str]) -> float:
+    """Share of a message's characters that stand in the sources."""
+    known = [False] * len(message)
+    for text in texts:
+        for found in re.finditer(re.escape(text), message):
+            known[found.start() : found.end()] = [True] * (found.end() - found.start())
+    return sum(known) / len(message)
+
+
+def test_what_is_quoted_of_messages_stands_in_the_code() -> None:
+    texts = literals()
+    messages = [re.sub(r"^(harness|Set-up failed): ", "", one) for one in quoted()]
+    assert len(messages) > 20
+    assert FOREIGN in TROUBLE
+    assert [one for one in messages if covered(one, texts) < 0.5] == []
+    assert covered("rank 1 was eaten by a whale, and all others went home early", texts) < 0.4
+
+
+@pytest.mark.parametrize(
+    ("command", "message"), re.findall(r"^\$ (harness plan .*)\n(harness: .*)$", TROUBLE, re.M)
+)
+def test_what_a_plan_is_quoted_to_say_is_said(
+    command: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(command.split()[1:]) == 2
+    assert capsys.readouterr().err == f"{message}\n"
