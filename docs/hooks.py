@@ -136,7 +136,7 @@ def _section(model: type[BaseModel], prefix: str, documented: _Documented) -> It
             rows.append((key, "section" if len(kinds) == 1 else "one of several", field, words))
         else:
             rows.append((key, _kind(field.annotation, field.metadata), field, words))
-    yield "| key | type | default | |\n|---|---|---|---|"
+    yield "| key | type | default | meaning |\n|---|---|---|---|"
     for key, kind, field, words in rows:
         yield f"| `{key}` | {kind} | {_default(field)} | {words} |"
     yield ""
