@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -24,11 +25,25 @@ from harness.yamlfile import (
 )
 
 
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration, and where what was given for it stands."""
+
+    config: Config
+    places: Mapping[Path_, str]
+    """``file:line`` or ``override '…'`` by key path, for what files and overrides hold."""
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file, what it ``extends``, and ``KEY=VALUE`` overrides.
 
     Raises ConfigError with every problem found, each on a line of its own with its place.
     """
+    return resolve(path, overrides).config
+
+
+def resolve(path: Path, overrides: Sequence[str] = ()) -> Resolved:
+    """``load_config``, and where each value comes from. Raises the same."""
     document = _read_extended(path, ())
     # Together, so that their order does not matter: growth.every may stand before growth.policy.
     overriding = Document({})
@@ -36,9 +51,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         _merge(overriding, _parse_override(override))
     _merge(document, overriding)
     try:
-        return Config.model_validate(document.data)
+        config = Config.model_validate(document.data)
     except ValidationError as error:
-        raise ConfigError(_explain(error, document, path)) from None
+        raise ConfigError(explain(error, document, path)) from None
+    return Resolved(_placed(config, path), document.places)
+
+
+def _placed(config: Config, path: Path) -> Config:
+    """With the folder of the user's own code written out, so that a copy elsewhere finds it too."""
+    if config.code is None and not config.own_parts():
+        return config
+    return config.model_copy(update={"code": str(path.parent.resolve() / (config.code or ""))})
 
 
 def dump_config(config: Config) -> str:
@@ -138,11 +161,17 @@ def _merged(base: Any, over: Any, path: Path_, replaced: set[Path_]) -> Any:
     }
 
 
-def _explain(error: ValidationError, document: Document, path: Path) -> str:
+def explain(
+    error: ValidationError, document: Document, path: Path, root: type[BaseModel] = Config
+) -> str:
+    """Every problem that pydantic has found in a file's data, each on a line with its place.
+
+    ``root``: what the data were to be.
+    """
     lines = []
     for problem in error.errors(include_url=False):
-        loc, sections = _locate(problem["loc"])
-        sentence = _sentence(problem, loc, sections)
+        loc, sections = _locate(problem["loc"], root)
+        sentence = _sentence(problem, loc, sections, root)
         named = _NAMED_KEY.match(sentence)
         key = _as_path(named[0]) if named else loc
         place = _nearest(document, key if key[: len(loc)] == loc else loc)
@@ -157,13 +186,15 @@ def _as_path(key: str) -> Path_:
     return tuple(int(part) if part.isdigit() else part for part in key.split("."))
 
 
-def _locate(loc: tuple[int | str, ...]) -> tuple[Path_, list[type[BaseModel]]]:
+def _locate(
+    loc: tuple[int | str, ...], root: type[BaseModel]
+) -> tuple[Path_, list[type[BaseModel]]]:
     """Pydantic's location as the file has it, without the tags of unions, and the sections that may
     stand there: none for a plain value, several for a union whose tag is not known."""
     path: list[int | str] = []
-    models: list[type[BaseModel]] = [Config]
+    models: list[type[BaseModel]] = [root]
     for part in loc:
-        tagged = [model for model in models if len(models) > 1 and part in _own_tags(model)]
+        tagged = [model for model in models if len(models) > 1 and part in own_tags(model)]
         if tagged:
             models = tagged
             continue
@@ -171,7 +202,7 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[Path_, list[type[BaseModel]]]:
         if isinstance(part, int):  # an entry of a list: its model is known already
             continue
         fields = [model.model_fields.get(str(part)) for model in models]
-        models = [model for field in fields if field for model in _sections(field.annotation)]
+        models = [model for field in fields if field for model in sections_of(field.annotation)]
     return tuple(path), models
 
 
@@ -205,11 +236,13 @@ _RULES = {
 }
 
 
-def _sentence(problem: Any, loc: Path_, sections: list[type[BaseModel]]) -> str:
+def _sentence(
+    problem: Any, loc: Path_, sections: list[type[BaseModel]], root: type[BaseModel]
+) -> str:
     kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     key = one_line(".".join(map(str, loc)))
     if kind == "extra_forbidden":
-        valid = _valid_keys(_locate(problem["loc"][:-1])[1])
+        valid = _valid_keys(_locate(problem["loc"][:-1], root)[1])
         near = difflib.get_close_matches(str(loc[-1]), valid, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return f"{key}: unknown key; {hint}valid here: {', '.join(valid)}"
@@ -222,7 +255,7 @@ def _sentence(problem: Any, loc: Path_, sections: list[type[BaseModel]]) -> str:
         return f"{key}.{tag}: must be one of {valid_tags}, not {shown(value[tag])}"
     if kind == "value_error":
         message = str(context["error"])
-        return message if _NAMED_KEY.match(message) else f"{key}: {message}"
+        return message if not key or _NAMED_KEY.match(message) else f"{key}: {message}"
     if kind in _RULES:
         quote = kind == "string_type" and isinstance(value, bool | int | float)
         hint = "; put it in quotes" if quote else ""
@@ -238,10 +271,10 @@ def _valid_keys(sections: list[type[BaseModel]]) -> list[str]:
 
 
 def _valid_tags(sections: list[type[BaseModel]]) -> str:
-    return ", ".join(str(tag) for section in sections for tag in _own_tags(section))
+    return ", ".join(str(tag) for section in sections for tag in own_tags(section))
 
 
-def _own_tags(model: type[BaseModel]) -> tuple[Any, ...]:
+def own_tags(model: type[BaseModel]) -> tuple[Any, ...]:
     return tuple(
         tag
         for kind in _KINDS
@@ -250,9 +283,9 @@ def _own_tags(model: type[BaseModel]) -> tuple[Any, ...]:
     )
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if get_origin(annotation) is None:
         return []
-    return [model for arg in get_args(annotation) for model in _sections(arg)]
+    return [model for arg in get_args(annotation) for model in sections_of(arg)]

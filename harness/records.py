@@ -58,6 +58,7 @@ TRAJECTORY_EVENTS = frozenset(
         "checkpoint",
         "skipped_update",
         "corrupt_image",
+        "diverged",
         "end",
     }
 )

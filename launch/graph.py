@@ -17,6 +17,7 @@ from harness.records import RunDirectory
 from harness.resume import ranks_of_late
 from harness.schedule.plan import Plan, build_plan
 from harness.schema import Config
+from harness.speedfit import settled_growth
 from harness.yamlfile import one_line, parse_yaml
 from launch.jobs import Point
 from launch.slurm import MAX_POINTS, BatchJob, Place, chain, gather, nodes_for, render
@@ -41,6 +42,8 @@ class SubmitRequest:
     """Node counts of a scaling series, such as 1,2,4."""
     sweep: tuple[str, ...] = ()
     """KEY=VALUE,VALUE,… each."""
+    points: tuple[tuple[str, Path], ...] = ()
+    """In place of a grid: run directories' names, each with a configuration of its own."""
     limit: int | None = None
     probe: bool = False
     dry_run: bool = False
@@ -104,9 +107,10 @@ def _option_overrides(words: Sequence[str]) -> Iterator[str]:
         yield f"slurm.options.{name[2:]}={text}"
 
 
-def resolve(path: Path, overrides: Sequence[str]) -> Config:
-    """The configuration, with where the data are from any directory."""
-    config = load_config(path, overrides)
+def resolve(path: Path, overrides: Sequence[str], run: RunDirectory | None = None) -> Config:
+    """The configuration, with where the data are from any directory, and what growth by goodput is
+    decided with: that of ``run``, if it goes on."""
+    config = settled_growth(load_config(path, overrides), run)
     if config.data.root is None:
         return config
     root = str(Path(config.data.root).absolute())
@@ -123,7 +127,7 @@ def build_graph(
     request: SubmitRequest, overrides: tuple[str, ...], config: Config, plan: Plan, place: Place
 ) -> Graph:
     """The jobs, with every file rendered. Raises LaunchError or ConfigError."""
-    if request.sweep:
+    if request.sweep or request.points:
         graph = _sweep(request, overrides, config, place)
     elif request.nodes is not None:
         graph = _scaling(request, overrides, config, place)
@@ -163,18 +167,10 @@ def _sweep(
     request: SubmitRequest, overrides: tuple[str, ...], config: Config, place: Place
 ) -> Graph:
     """A job array with a task for each point of the grid, and the job that makes the report."""
-    axes = [_axis(text) for text in request.sweep]
-    grid = list(itertools.product(*axes))
-    if len(grid) > MAX_POINTS:
-        raise LaunchError(
-            f"--sweep: {len(grid)} points are more than the {MAX_POINTS} of one job array; leave "
-            "some values out"
-        )
     points, files = [], {}
-    for index, settings in enumerate(grid):
-        own = resolve(request.config_path, (*overrides, *settings))
+    for name, path, settings in _runs_of(request):
+        own = resolve(path, (*overrides, *settings))
         ranks = max(row.ranks for row in plan_of(own).stages)
-        name = f"{index:04d}-{re.sub(r'[^A-Za-z0-9._=+-]+', '-', ','.join(settings))[:60]}"
         points.append(Point(name, list(settings), ranks, nodes_for(own, ranks)))
         files[place.run_dir / name / "slurm" / "config.yaml"] = dump_config(own)
     sizes = {(point.ranks, point.nodes): ", ".join(point.settings) for point in points}
@@ -189,6 +185,27 @@ def _sweep(
         "sweep", "sweep", points[0].ranks, points[0].nodes, points=names, limit=request.limit
     )
     return Graph("sweep", config, place, [job, gather([job], names)], points, files)
+
+
+def _runs_of(request: SubmitRequest) -> list[tuple[str, Path, tuple[str, ...]]]:
+    """(name of its directory, configuration, overrides) of each run of a job array."""
+    if request.points:
+        return [(name, path, ()) for name, path in request.points]
+    axes = [_axis(text) for text in request.sweep]
+    grid = list(itertools.product(*axes))
+    if len(grid) > MAX_POINTS:
+        raise LaunchError(
+            f"--sweep: {len(grid)} points are more than the {MAX_POINTS} of one job array; leave "
+            "some values out"
+        )
+    return [
+        (
+            f"{index:04d}-{re.sub(r'[^A-Za-z0-9._=+-]+', '-', ','.join(settings))[:60]}",
+            request.config_path,
+            settings,
+        )
+        for index, settings in enumerate(grid)
+    ]
 
 
 def _axis(text: str) -> list[str]:

@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+_STUDIES = ROOT / "configs" / "studies"
+RECIPES = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if _STUDIES not in p.parents)
+"""The configurations of runs; those in studies/ are of studies."""
+STUDIES = sorted(_STUDIES.glob("[a-z]*.yaml"))
 REQUIRE = "HARNESS_REQUIRE"
 """``all``: what this machine cannot provide is a failure, not a skip. Unset: a skip."""
 

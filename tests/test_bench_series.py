@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import ROOT
+from support import RECIPES, ROOT
 
 from harness.benchseries import Shape, Wanted, overrides, series, shuffled
 from harness.config import load_config
@@ -18,7 +18,6 @@ from harness.schema import Config
 
 CONFIG = ROOT / "configs" / "adabatch-digits.yaml"
 """64 = 2 × 1 × 32."""
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 COUNTS = st.lists(st.integers(1, 64), min_size=1, max_size=4, unique=True).map(tuple)
 
 

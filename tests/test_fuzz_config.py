@@ -16,13 +16,12 @@ from fuzzing import HOSTILE_TEXTS, SNIPPETS, WATCH, command, damaged, fuzz, host
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from support import ROOT
+from support import RECIPES, ROOT
 
 from harness.dataset_table import DATASETS
 from harness.schema import Config
 from harness.units import Duration
 
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml"))
 DEMO = ROOT / "configs" / "adabatch-digits.yaml"
 
 
@@ -159,7 +158,7 @@ def test_whole_configurations_from_the_schema(configs: Path, raw: dict[str, Any]
 @fuzz(37)
 @given(st.data())
 def test_damaged_files(configs: Path, data: st.DataObject) -> None:
-    source = data.draw(st.sampled_from(CONFIGS))
+    source = data.draw(st.sampled_from(RECIPES))
     path = configs / source.relative_to(ROOT / "configs").with_name("damaged.yaml")
     path.write_bytes(data.draw(damaged(source.read_bytes())))
     planned(path)

@@ -22,7 +22,7 @@ from torch.nn import functional
 from harness.errors import ConfigError
 from harness.model_table import ELSEWHERE, OWN, TORCHVISION, check_model, options_of
 from harness.models import MODELS, build_model
-from harness.models.torchvision_ops import import_tolerantly
+from harness.torchvision_ops import import_tolerantly
 
 Shape = tuple[int, int, int]
 MNIST = (1, 28, 28)
@@ -505,7 +505,7 @@ def test_options_reach_the_constructor(name: str, options: dict[str, object], re
 @pytest.mark.parametrize(
     ("name", "option", "message"),
     [
-        ("lenet5", "width", "; valid are: none$"),
+        ("lenet5", "width", "; valid are: batch_norm$"),
         ("resnet20", "groups", "; valid are: none$"),
         ("resnet50", "depth", "; valid are: groups, width_per_group, replace_stride_with_dilation"),
         ("resnet50_cifar", "depth", "; valid are: groups, width_per_group, "),

@@ -71,7 +71,7 @@ DURATIONS = st.one_of(
 
 
 SCHEDULED = ("fixed", "geometric", "linear", "list", "list")
-MEASURED = ("loss", "rolling", "noise", "plateau")
+MEASURED = ("loss", "rolling", "noise", "goodput", "plateau")
 
 
 @st.composite
@@ -129,7 +129,7 @@ def rates(draw: st.DrawFn, duration: str) -> dict[str, Any]:
 def configs(draw: st.DrawFn, policies: Sequence[str] = SCHEDULED) -> Config:
     multiple = draw(st.sampled_from([1, 1, 8, 12]))
     policy = draw(st.sampled_from(policies))
-    least = 2 if policy == "noise" and multiple == 1 else 1
+    least = 2 if policy in ("noise", "goodput") and multiple == 1 else 1
     initial = multiple * draw(st.integers(least, max(2, 150 // multiple)))
     room, shrink = draw(st.integers(0, 500 // multiple)), draw(st.booleans())
     most = initial + multiple * room
@@ -180,6 +180,9 @@ def measured(policy: str) -> st.SearchStrategy[dict[str, Any]]:
         settings |= {"patience": st.integers(1, 2), "factor": st.sampled_from([1.1, 2.0, 5.0])}
     else:
         settings |= {"memory": st.just("1sa"), "limit": st.sampled_from([None, 1.1, 2.0, 5.0])}
+    if policy == "goodput":
+        times = {"per_image": 1e-3, "fixed": 1e-3, "within_latency": 1e-4}
+        settings |= {"model": st.just(times), "ranks": st.sampled_from([[1], [1, 2, 4]])}
     return st.fixed_dictionaries({"policy": st.just(policy), **settings})
 
 

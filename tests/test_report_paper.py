@@ -12,11 +12,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from simulated import SIZE, Simulation
+from support import RECIPES
 
 from harness.config import load_config
 from harness.report import build_report
-
-ROOT = Path(__file__).parents[1]
 
 
 def written(path: Path, run: Simulation, *printed: dict[str, Any], **changes: Any) -> Path:
@@ -142,11 +141,11 @@ def test_a_run_without_evaluations_has_no_epoch(tmp_path: Path) -> None:
         assert row["why_not"] == "no test accuracy is recorded"
 
 
-RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name[0] != "_")
+WHOLE = [path for path in RECIPES if path.name[0] != "_"]
 
 
 def test_recipes_name_targets_and_runs_that_there_are() -> None:
-    loaded = [load_config(path) for path in RECIPES]
+    loaded = [load_config(path) for path in WHOLE]
     names = {config.name: config for config in loaded}
     told = 0
     for config in loaded:

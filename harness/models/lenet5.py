@@ -14,8 +14,11 @@ class LeNet5(nn.Module):
     channel of 28 × 28 and 10 classes it has 61,706 parameters.
     """
 
-    def __init__(self, num_classes: int, shape: tuple[int, int, int]) -> None:
-        """Images are ``shape`` = (C, H, W); raises ConfigError if nothing would be left of them."""
+    def __init__(
+        self, num_classes: int, shape: tuple[int, int, int], *, batch_norm: bool = False
+    ) -> None:
+        """Images are ``shape`` = (C, H, W); ``batch_norm``: after each convolution. Raises
+        ConfigError if nothing would be left of the images."""
         super().__init__()
         channels, height, width = shape
         if channels < 1 or height < 12 or width < 12:
@@ -26,9 +29,11 @@ class LeNet5(nn.Module):
         rows, columns = ((side // 2 - 4) // 2 for side in (height, width))
         self.features = nn.Sequential(
             nn.Conv2d(channels, 6, kernel_size=5, padding=2),
+            *([nn.BatchNorm2d(6)] if batch_norm else []),
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Conv2d(6, 16, kernel_size=5),
+            *([nn.BatchNorm2d(16)] if batch_norm else []),
             nn.ReLU(),
             nn.MaxPool2d(2),
         )
