@@ -56,7 +56,7 @@ sbom: setup ## docs/sbom.cdx.json, the bill of materials of what is installed
 	$(VENV)/bin/python -m launch.bootstrap.sbom > docs/sbom.cdx.json
 
 docs: setup ## the site, in build/site; every warning is an error
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 lint: setup ## ruff and mypy
 	$(VENV)/bin/ruff check $(SOURCES)

@@ -44,7 +44,16 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
             return entry if entry in made or (docs / entry).exists() else None
         if isinstance(entry, dict):
             return {name: there(inner) for name, inner in entry.items()}
-        return [kept for inner in entry if (kept := there(inner))]
+        return [kept for inner in expanded(entry) if (kept := there(inner))]
+
+    def expanded(entries: list[Any]) -> Iterator[Any]:
+        """``studies/*.md`` are all pages there that are not named beside it."""
+        for entry in entries:
+            if isinstance(entry, str) and "*" in entry:
+                pages = (path.relative_to(docs).as_posix() for path in sorted(docs.glob(entry)))
+                yield from (page for page in pages if page not in entries)
+            else:
+                yield entry
 
     config.nav = there(config.nav)
     return config
@@ -136,7 +145,7 @@ def _section(model: type[BaseModel], prefix: str, documented: _Documented) -> It
             rows.append((key, "section" if len(kinds) == 1 else "one of several", field, words))
         else:
             rows.append((key, _kind(field.annotation, field.metadata), field, words))
-    yield "| key | type | default | |\n|---|---|---|---|"
+    yield "| key | type | default | meaning |\n|---|---|---|---|"
     for key, kind, field, words in rows:
         yield f"| `{key}` | {kind} | {_default(field)} | {words} |"
     yield ""

@@ -21,13 +21,13 @@ def folder() -> Path:
 
 
 def recipes() -> dict[str, Path]:
-    """Every recipe by its name, such as ``adabatch/cifar10-vgg19-adaptive``; what recipes only
-    build on (``_base.yaml``) is none."""
+    """Every recipe by its name, such as ``adabatch/cifar100-resnet20-adaptive-1024``. What recipes
+    only build on (``_base.yaml``), and studies, which are grids of runs, are none."""
     root = folder()
     return {
         path.relative_to(root).with_suffix("").as_posix(): path
         for path in sorted(root.rglob(f"*{_SUFFIX}"))
-        if not path.name.startswith("_")
+        if not path.name.startswith("_") and path.parent.name != "studies"
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import yaml
 from pydantic import BaseModel
 from support import ROOT
 
+from harness.cli import main
 from harness.config import load_config
 from harness.schema import Config
 
@@ -83,7 +85,9 @@ def listed(entry: object) -> Iterator[str]:
 
 
 def navigation() -> list[str]:
-    return list(listed(yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"]))
+    entries = list(listed(yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"]))
+    found = {path.relative_to(DOCS).as_posix() for one in entries for path in DOCS.glob(one)}
+    return [entry for entry in entries if "*" not in entry] + sorted(found - {*entries})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
@@ -102,21 +106,41 @@ def refuse(*_):
     raise OSError("no network here")
 socket.socket.connect = socket.getaddrinfo = refuse
 from mkdocs.__main__ import cli
-cli(["build", "--quiet", "--strict", "--site-dir", sys.argv[1]])
+cli(["build", "--strict", *sys.argv[1:]])  # with --quiet it would count no warnings
 """
 
 
-@pytest.mark.slow
-def test_the_site_builds_without_network_and_needs_none(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, str(tmp_path)],
+def build_site(*options: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", OFFLINE, *map(str, options)],
         cwd=ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.slow
+def test_a_broken_link_and_an_unlisted_page_fail_the_site(tmp_path: Path) -> None:
+    text = (ROOT / "mkdocs.yml").read_text("utf-8")
+    text = re.sub(r"^nav:\n(  .*\n)+", "nav: [index.md]\n", text, flags=re.MULTILINE)
+    text = text.replace("docs/hooks.py", str(DOCS / "hooks.py")).replace("[.]", f"[{ROOT}]")
+    (tmp_path / "mkdocs.yml").write_text(text)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("# Start\n\n[nowhere](nowhere.md)\n")
+    (tmp_path / "docs" / "more.md").write_text("# More\n")
+    done = build_site("--config-file", tmp_path / "mkdocs.yml")
+    assert done.returncode != 0
+    assert "contains a link 'nowhere.md'" in done.stderr
+    assert re.search(r'not included in the "nav"(.*\n)*.*more\.md', done.stderr)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_network_and_needs_none(tmp_path: Path) -> None:
+    done = build_site("--site-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
     pages = {path.relative_to(tmp_path): path.read_text("utf-8") for path in html(tmp_path)}
     assert len(pages) > len(PAGES)
     for name, text in pages.items():
@@ -172,3 +196,60 @@ def test_the_page_on_files_has_the_fields_that_are_written(tmp_path: Path) -> No
     for event in map(json.loads, events):
         assert kinds[event["kind"]] <= set(event), event["kind"]
     assert {json.loads(line)["kind"] for line in events} >= {"start", "evaluation", "end"}
+
+
+# Troubleshooting: what is quoted is what the code says
+
+TROUBLE = (DOCS / "troubleshooting.md").read_text("utf-8")
+FOREIGN = "No network interfaces were found"  # Open MPI's own words
+
+
+def literals() -> set[str]:
+    """The texts in the sources, with what they fill in cut out."""
+    found = set()
+    for folder in ("harness", "launch"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.update(part for part in node.value.split("\n") if len(part) >= 4)
+    return found
+
+
+def quoted() -> list[str]:
+    """Messages in blocks, without the commands before them, and sentences in quotes."""
+    blocks = re.findall(r"^```\n(.*?)^```", TROUBLE, re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.splitlines() if line[:2] != "$ "]
+    told = [line for line in lines if line.startswith(("harness: ", "Set-up failed: "))]
+    return told + re.findall(r"^> (.*)$", TROUBLE, re.MULTILINE)
+
+
+def covered(message: str, texts: set[str]) -> float:
+    """Share of a message's characters that stand in the sources."""
+    known = [False] * len(message)
+    for text in texts:
+        for found in re.finditer(re.escape(text), message):
+            known[found.start() : found.end()] = [True] * (found.end() - found.start())
+    return sum(known) / len(message)
+
+
+def test_what_is_quoted_of_messages_stands_in_the_code() -> None:
+    texts = literals()
+    messages = [re.sub(r"^(harness|Set-up failed): ", "", one) for one in quoted()]
+    assert len(messages) > 20
+    assert FOREIGN in TROUBLE
+    assert [one for one in messages if covered(one, texts) < 0.5] == []
+    assert covered("rank 1 was eaten by a whale, and all others went home early", texts) < 0.4
+
+
+@pytest.mark.parametrize(
+    ("command", "message"), re.findall(r"^\$ (harness plan .*)\n(harness: .*)$", TROUBLE, re.M)
+)
+def test_what_a_plan_is_quoted_to_say_is_said(
+    command: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(command.split()[1:]) == 2
+    assert capsys.readouterr().err == f"{message}\n"
