@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakeslurm import fake_slurm
 from fuzzing import command, fuzz, hostile
 from hypothesis import given
 from hypothesis import strategies as st
 from support import ROOT, STUDIES
 
+from harness.config import load_config
 from harness.errors import ConfigError
 from harness.records import RunDirectory
 from harness.scaling.interval import Interval
@@ -601,6 +603,37 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
         assert said.code == 2
         assert message in said.err
     assert not (tmp_path / "out").exists()
+
+
+def test_on_slurm_trials_come_before_what_they_choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm = fake_slurm(tmp_path, monkeypatch)
+    tune = {"key": "lr.base", "values": [0.1, 0.2], "seeds": [100]}
+    path, out = write(tmp_path, tune=tune), tmp_path / "out"
+    words = ("study", path, "-o", out, "--submit", "--sbatch=--time=30")
+    said = command(*words)
+    assert said.code == 0, said.err
+    assert "4 more come once these have ended" in said.out
+    script = (out / "cells" / "slurm" / "sweep.sbatch").read_text("utf-8")
+    assert "#SBATCH --array=0-3" in script
+    assert "#SBATCH --time=30" in script
+    study = load_study(path)
+    for cell in study.trial_cells():
+        run = cell.directory(out / "cells")
+        assert run.path.name in script
+        config = load_config(run.path / "slurm" / "config.yaml")
+        assert config.lr.base == cell.trial
+        finished(run, 0.9 if cell.trial == 0.2 else 0.5)
+    for job in ("101", "102"):
+        slurm.job(job, "COMPLETED")
+    said = command(*words)
+    assert said.code == 0, said.err
+    assert "more come" not in said.out
+    script = (out / "cells" / "slurm" / "sweep.sbatch").read_text("utf-8")
+    finals = study.final_cells(chosen_values(study, out / "cells"))
+    assert len(finals) == 4
+    assert all(cell.name in script and cell.config.lr.base == 0.2 for cell in finals)
 
 
 def test_a_dry_run_lists_the_cells_and_makes_nothing(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from harness.study.cells import Arm, Cell, Study
 from harness.study.figure import draw
 from harness.study.metrics import METRICS
 from harness.study.runs import Measured
-from harness.study.verdicts import Found, Judge, spread
+from harness.study.verdicts import Found, Judge, show, spread
 from harness.wording import counted
 from harness.yamlfile import shown
 
@@ -161,7 +161,8 @@ def _table(results: Results) -> str:
             mean = judge.mean(arm, name)
             few = len(judge.values(arm, name))
             less = f" ({few} of {len(over)})" if mean is not None and few < len(over) else ""
-            row.append("–" if mean is None else spread(name, mean) + less)
+            told = "–" if mean is None else show(name, mean.value)
+            row.append((spread(name, mean) if mean and mean.known else told) + less)
         rows.append(row)
     return table(header, rows)
 
