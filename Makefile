@@ -13,10 +13,10 @@ WHICH := -m "not long"
 PYTEST := $(VENV)/bin/python -m pytest
 # ARGS may select none of a part's tests, which is 5 to pytest.
 NONE := $(if $(ARGS),|| [ $$$$? = 5 ])
-SOURCES := harness launch tests benchmarks
+SOURCES := harness launch tests benchmarks docs setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-fast faults fuzz audit sbom lint clean
+.PHONY: help setup demo test test-all test-fast faults fuzz audit sbom docs lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ audit: setup ## known vulnerabilities of what is installed; asks PyPI's and OSV'
 
 sbom: setup ## docs/sbom.cdx.json, the bill of materials of what is installed
 	$(VENV)/bin/python -m launch.bootstrap.sbom > docs/sbom.cdx.json
+
+docs: setup ## the site, in build/site; every warning is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 
 lint: setup ## ruff and mypy
 	$(VENV)/bin/ruff check $(SOURCES)

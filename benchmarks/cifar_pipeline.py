@@ -30,7 +30,7 @@ from harness.data.augment import CropFlip
 from harness.data.datasets import ImageSplit
 from harness.data.feed import Feed
 from harness.data.sampler import GlobalBatchSampler
-from harness.models.torchvision_ops import import_tolerantly
+from harness.torchvision_ops import import_tolerantly
 
 v2 = import_tolerantly("torchvision.transforms.v2")
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from harness.data.datasets import CPU, ImageData, Pending, load
 from harness.data.sampler import GlobalBatchSampler
-from harness.models.torchvision_ops import import_tolerantly
 from harness.schema import Data
+from harness.torchvision_ops import import_tolerantly
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSES = 8

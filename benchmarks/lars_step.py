@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from harness.lamb import LAMB
 from harness.lars import LARS
-from harness.models.torchvision_ops import import_tolerantly
+from harness.torchvision_ops import import_tolerantly
 
 DECAY = {"lr": 0.1, "weight_decay": 1e-4}
 SGD = DECAY | {"momentum": 0.9}

@@ -215,7 +215,7 @@ def _rank(options: argparse.Namespace) -> None:
 def _model(name: str, classes: int):  # type: ignore[no-untyped-def]
     from harness.models.lenet5 import LeNet5
     from harness.models.resnet_cifar import CifarResNet
-    from harness.models.torchvision_ops import import_tolerantly
+    from harness.torchvision_ops import import_tolerantly
 
     if name == "lenet5":
         return LeNet5(classes, (1, 28, 28))

@@ -51,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse, letting overrides stand after options too, which argparse alone does not."""
     parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks how a line goes on
+        from harness.completion import complete
+
+        complete(parser)
     words, of_sbatch = list(sys.argv[1:] if arguments is None else arguments), list[str]()
     if words[:1] == ["submit"]:
         from launch.graph import OPTIONS
@@ -76,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train PyTorch image models with a growing global batch, and see how far it "
         "scales.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and stop")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     plan = commands.add_parser("plan", help="the stage table, before anything runs")
@@ -148,12 +153,118 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("-o", "--out", type=Path, metavar="DIR", help="default: DIR/report")
     report.set_defaults(run=_report)
 
+    _add_first_steps(commands)
+
     doctor = commands.add_parser(
         "doctor", help="what this machine can run, and what to do about the rest"
     )
-    doctor.add_argument("--data", type=Path, metavar="DIR", help="look for data sets' files there")
-    doctor.set_defaults(run=_doctor)
+    _fill_doctor(doctor)
+
+    recipes = commands.add_parser(
+        "recipes",
+        help="the configurations that come with the harness",
+        description="List the recipes; with NAME, say where that one lies. Every command that "
+        "takes a CONFIG takes a recipe's name too.",
+    )
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="such as adabatch-digits")
+    recipes.add_argument(
+        "--copy", type=Path, metavar="DIR",
+        help="copy it, with all that it extends, into DIR; without NAME all of them",
+    )  # fmt: skip
+    recipes.set_defaults(run=_recipes)
     return parser
+
+
+def _add_first_steps(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    init = commands.add_parser(
+        "init",
+        help="write a first configuration, from four questions and a measurement",
+        description="Ask what is not given (or take defaults with --yes), measure the micro-batch "
+        "that fits and the speed that it has, and write a commented YAML file that runs.",
+    )
+    _fill_init(init)
+
+    config = commands.add_parser(
+        "config", help="the resolved configuration, and where each value comes from"
+    )
+    _add_config(config)
+    config.add_argument("--json", action="store_true", help="for programs")
+    config.set_defaults(run=_config)
+
+    schema = commands.add_parser("schema", help="the JSON Schema of configurations, for editors")
+    schema.add_argument("-o", "--out", type=Path, metavar="FILE", help="default: print it")
+    schema.set_defaults(run=_schema)
+
+    completion = commands.add_parser(
+        "completion", help="what makes a shell complete this command's words"
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
+    completion.set_defaults(run=_completion)
+
+
+def _fill_init(init: argparse.ArgumentParser) -> None:
+    init.add_argument("out", type=Path, nargs="?", metavar="FILE", help="default: DATA-MODEL.yaml")
+    init.add_argument("--data", metavar="NAME|DIR", help="a data set, or where its files are")
+    init.add_argument("--root", type=Path, metavar="DIR", help="where they are, if --data is NAME")
+    init.add_argument("--model", metavar="NAME", help="its name")
+    init.add_argument("--ranks", type=int, metavar="N", help="processes that train together")
+    init.add_argument("--duration", metavar="20ep|2h", help="length: epochs, updates or a time")
+    init.add_argument("--yes", action="store_true", help="defaults for what is not given")
+    init.add_argument("--force", action="store_true", help="replace a file that is there")
+    init.add_argument(
+        "--no-measure", dest="measure", action="store_false", help="guess the micro-batch"
+    )
+    init.add_argument(
+        "--seconds", type=float, metavar="S", default=10.0, help="to measure for (default: 10)"
+    )
+    init.set_defaults(run=_init)
+
+
+def _fill_doctor(doctor: argparse.ArgumentParser) -> None:
+    doctor.add_argument("--data", type=Path, metavar="DIR", help="look for data sets' files there")
+    doctor.add_argument(
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs"),
+        help="where runs are to be written (default: runs)",
+    )
+    doctor.add_argument(
+        "--ranks", type=int, metavar="N", help="start so many, and let all of them meet"
+    )
+    _add_hosts(doctor, ("horovodrun", "mpirun", "srun"))
+    doctor.add_argument(
+        "--timeout",
+        type=float,
+        metavar="S",
+        default=120.0,
+        help="seconds for the ranks (default: 120)",
+    )
+    doctor.add_argument(
+        "--quick", action="store_true", help="import nothing to see whether it loads"
+    )
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.set_defaults(run=_doctor)
+
+
+class _Version(argparse.Action):
+    """Looked up only when it is asked for, from the one place that has it: pyproject.toml."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from harness.versions import PACKAGE, installed_version
+
+        print(f"{PACKAGE} {installed_version() or 'of a checkout that is not installed'}")
+        parser.exit()
+
+
+def _config_file(text: str) -> Path:
+    """A file, or the recipe of that name where there is no such file."""
+    path = Path(text)
+    if path.suffix or os.path.exists(path):
+        return path
+    from harness.recipes import recipes
+
+    return recipes().get(text, path)
 
 
 def _add_submit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -326,7 +437,9 @@ def _add_hosts(
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config_path", type=Path, metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument(
+        "config_path", type=_config_file, metavar="CONFIG", help="YAML file of the run, or a recipe"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=_OVERRIDES)
 
 
@@ -337,8 +450,11 @@ def _plan(options: argparse.Namespace) -> int:
     from harness.config import load_config
     from harness.data_sizes import train_size
     from harness.schedule.plan import build_plan
+    from harness.speedfit import settled_growth, told_otherwise
 
-    config = load_config(options.config_path, options.overrides)
+    config = settled_growth(load_config(options.config_path, options.overrides))
+    for difference in told_otherwise(config):
+        print(f"harness: {difference}", file=sys.stderr)
     plan = build_plan(config, train_size(config.data))
     costs = None
     if options.throughput is not None:
@@ -358,6 +474,42 @@ def _plan(options: argparse.Namespace) -> int:
         from harness.schedule.table import print_plan
 
         print_plan(config, plan, costs=costs)
+    return 0
+
+
+def _init(options: argparse.Namespace) -> int:
+    from harness.first_config import InitRequest, init, terminal
+
+    return init(_request(InitRequest, options), terminal())
+
+
+def _config(options: argparse.Namespace) -> int:
+    from harness.config import resolve
+    from harness.origins import as_json, as_yaml, origins
+
+    found = origins(resolve(options.config_path, options.overrides))
+    print(as_json(found) if options.json else as_yaml(found))
+    return 0
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from harness.json_schema import as_text, header
+
+    if options.out is None:
+        print(as_text(), end="")
+        return 0
+    from harness.records import write_atomic
+
+    write_atomic(options.out, as_text().encode())
+    print(f"{options.out} is written; a YAML file names it in its first line:")
+    print(header(options.out))
+    return 0
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from harness.completion import script
+
+    print(script(options.shell))
     return 0
 
 
@@ -454,9 +606,18 @@ def _trace(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from harness.doctor import doctor
+    from launch.doctor import DoctorRequest, doctor
 
-    print(doctor(options.data))
+    return doctor(_request(DoctorRequest, options))
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from harness import recipes
+
+    if options.copy is not None:
+        print("\n".join(map(str, recipes.copy(options.name, options.copy))))
+    else:
+        print(recipes.listing() if options.name is None else recipes.find(options.name))
     return 0
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -24,11 +25,25 @@ from harness.yamlfile import (
 )
 
 
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration, and where what was given for it stands."""
+
+    config: Config
+    places: Mapping[Path_, str]
+    """``file:line`` or ``override '…'`` by key path, for what files and overrides hold."""
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file, what it ``extends``, and ``KEY=VALUE`` overrides.
 
     Raises ConfigError with every problem found, each on a line of its own with its place.
     """
+    return resolve(path, overrides).config
+
+
+def resolve(path: Path, overrides: Sequence[str] = ()) -> Resolved:
+    """``load_config``, and where each value comes from. Raises the same."""
     document = _read_extended(path, ())
     # Together, so that their order does not matter: growth.every may stand before growth.policy.
     overriding = Document({})
@@ -36,9 +51,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         _merge(overriding, _parse_override(override))
     _merge(document, overriding)
     try:
-        return Config.model_validate(document.data)
+        config = Config.model_validate(document.data)
     except ValidationError as error:
         raise ConfigError(explain(error, document, path)) from None
+    return Resolved(_placed(config, path), document.places)
+
+
+def _placed(config: Config, path: Path) -> Config:
+    """With the folder of the user's own code written out, so that a copy elsewhere finds it too."""
+    if config.code is None and not config.own_parts():
+        return config
+    return config.model_copy(update={"code": str(path.parent.resolve() / (config.code or ""))})
 
 
 def dump_config(config: Config) -> str:
@@ -171,7 +194,7 @@ def _locate(
     path: list[int | str] = []
     models: list[type[BaseModel]] = [root]
     for part in loc:
-        tagged = [model for model in models if len(models) > 1 and part in _own_tags(model)]
+        tagged = [model for model in models if len(models) > 1 and part in own_tags(model)]
         if tagged:
             models = tagged
             continue
@@ -179,7 +202,7 @@ def _locate(
         if isinstance(part, int):  # an entry of a list: its model is known already
             continue
         fields = [model.model_fields.get(str(part)) for model in models]
-        models = [model for field in fields if field for model in _sections(field.annotation)]
+        models = [model for field in fields if field for model in sections_of(field.annotation)]
     return tuple(path), models
 
 
@@ -248,10 +271,10 @@ def _valid_keys(sections: list[type[BaseModel]]) -> list[str]:
 
 
 def _valid_tags(sections: list[type[BaseModel]]) -> str:
-    return ", ".join(str(tag) for section in sections for tag in _own_tags(section))
+    return ", ".join(str(tag) for section in sections for tag in own_tags(section))
 
 
-def _own_tags(model: type[BaseModel]) -> tuple[Any, ...]:
+def own_tags(model: type[BaseModel]) -> tuple[Any, ...]:
     return tuple(
         tag
         for kind in _KINDS
@@ -260,9 +283,9 @@ def _own_tags(model: type[BaseModel]) -> tuple[Any, ...]:
     )
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if get_origin(annotation) is None:
         return []
-    return [model for arg in get_args(annotation) for model in _sections(arg)]
+    return [model for arg in get_args(annotation) for model in sections_of(arg)]

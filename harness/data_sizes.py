@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
-from harness.dataset_table import DATASETS, DEFAULT_SIZES
+from harness.dataset_table import DEFAULT_SIZES, dataset_of
 from harness.errors import DataError
 from harness.schema import Data
 
@@ -34,7 +34,7 @@ _MAGIC = 0x0800  # third byte 0x08: unsigned bytes; the fourth is the number of 
 
 def check_root(data: Data) -> None:
     """Raise DataError if the data set needs files and ``data.root`` does not say where."""
-    dataset = DATASETS[data.dataset]
+    dataset = dataset_of(data.dataset)
     if dataset.files and data.root is None:
         source = f". From: {dataset.source}" if dataset.source else ""
         raise DataError(
@@ -49,7 +49,9 @@ def train_size(data: Data) -> int:
     Of MNIST the first bytes of one file are read; a folder's images are counted. Raises DataError
     for files that are not what they should be, or if there is no way to tell.
     """
-    dataset = DATASETS[data.dataset]
+    if data.sizes is not None:
+        return data.sizes.train
+    dataset = dataset_of(data.dataset)
     if dataset.kind == "generated":
         return data.size or DEFAULT_SIZES[data.dataset]
     if data.root is not None and data.dataset in ("mnist", "fashion-mnist"):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
 
+from harness.own_names import check_own, is_own
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -29,7 +31,7 @@ class Dataset:
     """Those of OPTIONAL that have a meaning here."""
 
 
-OPTIONAL = ("image_size", "size", "classes", "channels")
+OPTIONAL = ("image_size", "size", "sizes", "classes", "channels")
 """Keys of ``data`` that only some data sets take."""
 
 _IDX = (
@@ -127,28 +129,44 @@ DATASETS: dict[str, Dataset] = {
         "generated",
         "harness.data.synthetic",
         source="made on the device that trains",
-        takes=frozenset(OPTIONAL),
+        takes=frozenset({"image_size", "size", "classes", "channels"}),
     ),
 }
+OWN = Dataset(
+    "your own torch Dataset, as package.module:callable",
+    "generated",
+    "harness.data.own",
+    takes=frozenset({"sizes", "classes"}),
+)
+"""What is known of a user's own. Each rank calls for it, and nobody looks inside."""
 
 DEFAULT_SIZES = {"digits-enlarged": 100_000, "synthetic": 50_000}
 """Training samples of generated data where ``data.size`` is not set."""
 
 
+def dataset_of(name: str) -> Dataset:
+    """What is known of the data set that a configuration names."""
+    return OWN if is_own(name) else DATASETS[name]
+
+
 def check_dataset(name: str, root: str | None, given: dict[str, object]) -> None:
     """Raise ValueError for an unknown name, a root where none is needed, and for keys of OPTIONAL,
     as ``given`` (None: not set), that the data set does not take."""
-    if name not in DATASETS:
+    if is_own(name):
+        check_own("data.dataset", name)
+    elif name not in DATASETS:
         close = get_close_matches(name, DATASETS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise ValueError(f"data.dataset = {name} is not known{hint}; valid: {', '.join(DATASETS)}")
-    dataset = DATASETS[name]
+    dataset = dataset_of(name)
     for key in OPTIONAL:
         if given[key] is not None and key not in dataset.takes:
             takers = ", ".join(other for other, entry in DATASETS.items() if key in entry.takes)
+            if key in OWN.takes:
+                takers = f"{takers}, or your own" if takers else "your own, package.module:callable"
             raise ValueError(
                 f"data.{key} = {given[key]} has no meaning for data.dataset = {name}; it belongs "
                 f"to {takers}"
             )
-    if root is not None and not dataset.files:
+    if root is not None and not dataset.files and dataset is not OWN:
         raise ValueError(f"data.root = {root} has no meaning for data.dataset = {name}")

@@ -12,12 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from harness.comm.base import Communicator, allgather_bytes, allreduce
+from harness.criterion import Criterion
 from harness.data.datasets import Split
 from harness.data.feed import batches
 from harness.errors import DataError
+from harness.schema import Train
+from harness.units import Duration
 
 I64 = npt.NDArray[np.int64]
 
@@ -28,7 +30,7 @@ _VALUES = 250 * 3 * 64 * 64
 @dataclass(frozen=True)
 class Evaluation:
     loss: float
-    """Mean cross-entropy, without label smoothing."""
+    """Mean cross-entropy, without label smoothing; or the mean of the user's own loss."""
     accuracy: float
     """Share of the samples whose label has the highest logit (top-1)."""
     accuracy_top5: float
@@ -37,6 +39,8 @@ class Evaluation:
     """How many were counted."""
     corrupt: tuple[str, ...] = ()
     """Those more that could not be read, each with its name and why."""
+    metric: float | None = None
+    """Mean of the user's own metric; None if there is none."""
 
 
 def evaluate(
@@ -46,8 +50,10 @@ def evaluate(
     samples: I64 | None = None,
     shape: tuple[int, int, int] = (1, 28, 28),
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    criterion: Criterion | None = None,
 ) -> Evaluation:
-    """Measure over the split, or over some of its samples (m,); ``shape`` is one image's.
+    """Measure over the split, or over some of its samples (m,); ``shape`` is one image's;
+    ``criterion``: the user's own loss and metric.
 
     Each rank takes an equal share, give or take one sample; counts and sums travel in float64, so
     no sample is dropped or counted twice. The model is left in training mode. Raises DataError if
@@ -58,7 +64,8 @@ def evaluate(
     bounds = [len(chosen) * i // comm.size for i in range(comm.size + 1)]
     mine = chosen[bounds[comm.rank] : bounds[comm.rank + 1]]
     size = max(1, min(250, _VALUES // prod(shape)))
-    found = torch.zeros(4, dtype=torch.float64, device=comm.device)
+    criterion = criterion or Criterion(Train(duration=Duration.parse("1up")))
+    found = torch.zeros(5, dtype=torch.float64, device=comm.device)
     corrupt: list[str] = []
     with torch.inference_mode():
         for batch in batches(split, mine, size, comm.device):
@@ -66,14 +73,21 @@ def evaluate(
             if len(batch.labels):
                 with autocast():
                     logits = model(batch.images)
-                found += _sums(logits.float(), batch.labels)
+                found += _sums(logits.float(), batch.labels, criterion)
     model.train()
-    loss, top1, top5, total = allreduce(comm, found.cpu(), "evaluation").tolist()
+    loss, top1, top5, metric, total = allreduce(comm, found.cpu(), "evaluation").tolist()
     left_out = gather_texts(comm, corrupt) if total < len(chosen) else ()
     if not total:
         first = f": {left_out[0]}" if left_out else ""
         raise DataError(f"none of {len(left_out)} samples to evaluate on can be read{first}")
-    return Evaluation(loss / total, top1 / total, top5 / total, int(total), left_out)
+    return Evaluation(
+        loss / total,
+        top1 / total,
+        top5 / total,
+        int(total),
+        left_out,
+        metric / total if criterion.has_metric else None,
+    )
 
 
 def gather_texts(comm: Communicator, texts: Sequence[str]) -> tuple[str, ...]:
@@ -82,10 +96,10 @@ def gather_texts(comm: Communicator, texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(text for content in told for text in json.loads(content)))
 
 
-def _sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """(cross-entropy, right at first, right among five, samples) of logits (m, classes)."""
-    losses = functional.cross_entropy(logits, labels, reduction="none")
+def _sums(logits: Tensor, labels: Tensor, criterion: Criterion) -> Tensor:
+    """(loss, right at first, right among five, metric, samples) of logits (m, classes)."""
+    loss, metric = criterion.losses(logits, labels), criterion.metrics(logits, labels)
     first = logits.argmax(dim=1) == labels
     among = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).any(dim=1) | first
-    sums = (losses.double().sum(), first.sum(), among.sum(), torch.tensor(len(labels)))
+    sums = (loss, first.sum(), among.sum(), metric, torch.tensor(len(labels)))
     return torch.stack([value.to(logits.device, torch.float64) for value in sums])

@@ -8,8 +8,8 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from harness.criterion import Criterion
 from harness.data.datasets import Batch
 from harness.errors import ConfigError, HarnessError
 from harness.precision import Precision
@@ -27,11 +27,12 @@ class ForwardPass:
         self.precision = Precision(config.train.precision, device)
         self._channels_last = config.train.channels_last
         self._compiled = _compiled(model, device) if config.train.compile else None
+        self.criterion = Criterion(config.train)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Cross-entropy summed over the micro-batch, with label smoothing; float32.
+        """The loss summed over the micro-batch; float32.
 
-        Raises ConfigError if the model does not return logits.
+        Raises ConfigError if the model does not return logits, or the user's own loss no loss.
         """
         images, labels = batch.images, batch.labels
         if self._channels_last:
@@ -44,10 +45,7 @@ class ForwardPass:
                 f"micro-batch of {len(labels)}; logits of ({len(labels)}, {self._num_classes}) are "
                 "needed"
             )
-        smoothing = self._config.train.label_smoothing
-        return functional.cross_entropy(
-            logits.float(), labels, reduction="sum", label_smoothing=smoothing
-        )
+        return self.criterion.loss(logits.float(), labels)
 
     def _logits(self, images: Tensor) -> Tensor:
         try:

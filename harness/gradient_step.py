@@ -19,7 +19,7 @@ from harness.evaluate import gather_texts
 from harness.forward import ForwardPass
 from harness.gradstats import clip_factor
 from harness.keyed import fold_key
-from harness.optimizer import build_optimizer, set_rates
+from harness.optimizer import build_optimizer, set_rates, take_step
 from harness.profiler import Profiler
 from harness.reducer import GradientReducer, Reduced
 from harness.schedule.rates import Rates
@@ -76,6 +76,7 @@ class GradientStep:
         )
         self._forward = ForwardPass(model, config, data.num_classes, comm.device)
         self.precision = self._forward.precision
+        self.criterion = self._forward.criterion
         settings = config.comm if tuned is None else tuned.applied(config.comm)
         self.reducer = GradientReducer(
             model,
@@ -139,7 +140,7 @@ class GradientStep:
         limit = self._config.optimizer.clip_grad_norm
         if limit is not None:
             self.reducer.scale_gradients(clip_factor(reduced.grad_norm, limit))
-        self.optimizer.step()
+        take_step(self.optimizer, self._config.optimizer.name)
         return None
 
     def _accumulate(

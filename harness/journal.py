@@ -11,6 +11,7 @@ from harness import checkpoint
 from harness.attempts import Attempt
 from harness.records import TRAJECTORY_EVENTS, JsonlWriter, Position, RunDirectory, now, storing
 from harness.tensorboard import Scalars
+from harness.trackers import Trackers
 
 
 class Journal:
@@ -30,18 +31,25 @@ class Journal:
         self._layer_lines = position.layers
         self._opened: dict[Path, JsonlWriter] = {}
         self._scalars: Scalars | None = None
+        self._trackers: Trackers | None = None
 
-    def open(self, attempt: Attempt | None = None, scalars: Scalars | None = None) -> None:
+    def open(
+        self,
+        attempt: Attempt | None = None,
+        scalars: Scalars | None = None,
+        trackers: Trackers | None = None,
+    ) -> None:
         """Create the files that every run has.
 
         ``attempt``: who writes, into its own folder, and is looked after by each method: Superseded
-        if there is a newer one. ``scalars``: a copy for TensorBoard, closed with the journal.
+        if there is a newer one. ``scalars``: a copy for TensorBoard, closed with the journal;
+        ``trackers``: told of every line, and closed too.
 
         Raises StorageError, as all methods do, where nothing can be written.
         """
         if attempt is not None:
             self.run, self._attempt = attempt.run, attempt
-        self._scalars = scalars
+        self._scalars, self._trackers = scalars, trackers
         if self._writes:
             with self._writing():
                 self._writer(self.run.metrics)
@@ -66,6 +74,7 @@ class Journal:
             self._writer(self.run.events).append(line)
             if kind == "evaluation" and self._scalars is not None:
                 self._scalars.evaluation(fields)
+        self._tell(line)
 
     def metrics(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
@@ -76,6 +85,14 @@ class Journal:
             self._writer(self.run.metrics).append(line)
             if self._scalars is not None:
                 self._scalars.line(line)
+        self._tell(line)
+
+    def _tell(self, line: dict[str, Any]) -> None:
+        """Hand a line that has been written to the trackers, and write down which have failed."""
+        if self._trackers is not None:
+            self._trackers.tell(line)
+            for problem in self._trackers.problems():
+                self.event("warning", int(line.get("update") or 0), reason=problem)
 
     def layers(self, line: dict[str, Any]) -> None:
         """Append a line to layers.jsonl, which the first one creates."""
@@ -123,6 +140,9 @@ class Journal:
 
     def close(self) -> None:
         """Raises StorageError if something that was written has not come to the disk."""
+        if self._trackers is not None:
+            self._trackers.close()
+            self._trackers = None
         writers = self._all()
         with ExitStack() as closing:
             for writer in writers:

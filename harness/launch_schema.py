@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainValidator, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
 from harness.section import Count, Section
 from harness.yamlfile import shown
@@ -58,8 +58,17 @@ def _line(value: object) -> str:
     return value
 
 
-Line = Annotated[str, PlainValidator(_line)]
+Line = Annotated[
+    str,
+    PlainValidator(_line),
+    WithJsonSchema({"type": "string", "minLength": 1, "maxLength": 4096}),
+]
 """Text that stands on one line of a script."""
+
+
+_TEXT_OR_COUNT = WithJsonSchema(
+    {"anyOf": [{"type": "string", "minLength": 1}, {"type": "integer", "minimum": 1}]}
+)
 
 
 def _time(value: object) -> str:
@@ -148,7 +157,17 @@ class Launch(Section):
     """Several ranks share a GPU, as solvers do in You et al. 2017 (LARS), section 4.2."""
     mps: bool = False
     """Start CUDA's MPS on each host, where it is installed, so that they compute at once."""
-    environment: Annotated[dict[str, str], PlainValidator(_variables)] = {}
+    environment: Annotated[
+        dict[str, str],
+        PlainValidator(_variables),
+        WithJsonSchema(
+            {
+                "type": "object",
+                "propertyNames": {"pattern": f"^(?!HARNESS_)({_VARIABLE.pattern})$"},
+                "additionalProperties": {"type": ["string", "number"]},
+            }
+        ),
+    ] = {}
     """Variables that every rank gets, such as NCCL_DEBUG."""
     python: Line | None = None
     """Interpreter of the ranks; default: the one that runs the harness."""
@@ -184,9 +203,9 @@ class Slurm(Section):
     qos: Line | None = None
     constraint: Line | None = None
     reservation: Line | None = None
-    time: Annotated[str, BeforeValidator(_time)] | None = None
+    time: Annotated[str, BeforeValidator(_time), _TEXT_OR_COUNT] | None = None
     """Limit of each job; default: the partition's."""
-    gpus_per_node: Annotated[str, PlainValidator(_gpus)] | None = None
+    gpus_per_node: Annotated[str, PlainValidator(_gpus), _TEXT_OR_COUNT] | None = None
     """A number, or a type and a number such as a100:4."""
     cpus_per_rank: Count | None = None
     """Cores of each rank; default: ranks.threads, else what Slurm gives."""
@@ -210,7 +229,19 @@ class Slurm(Section):
     """A shell script that a job reads in before anything else runs."""
     container: Container | None = None
     """What the ranks run in; the job itself runs the harness of the node."""
-    options: Annotated[dict[str, str | None], PlainValidator(_sbatch_options)] = {}
+    options: Annotated[
+        dict[str, str | None],
+        PlainValidator(_sbatch_options),
+        WithJsonSchema(
+            {
+                "type": "object",
+                "propertyNames": {"pattern": f"^{_OPTION.pattern}$"},
+                "additionalProperties": {
+                    "anyOf": [{"type": ["string", "integer", "null"]}, {"const": True}]
+                },
+            }
+        ),
+    ] = {}
     """Further long options of sbatch: a value, or true for those without one."""
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from harness.own_names import check_own, is_own
 from harness.yamlfile import one_line
 
 OWN = (
@@ -99,8 +100,8 @@ def check_model(name: str, options: Iterable[str] = ()) -> None:
 
     ``package.module:callable`` is not looked up here, but where the model is built.
     """
-    if ":" in name:
-        _check_callable(name)
+    if is_own(name):
+        check_own("model.name", name)
     elif name not in OWN and name not in TORCHVISION:
         close = get_close_matches(name.lower(), (*OWN, *TORCHVISION), n=3, cutoff=0.75)
         hint = f" (did you mean {' or '.join(close)}?)" if close else ""
@@ -112,13 +113,6 @@ def check_model(name: str, options: Iterable[str] = ()) -> None:
     else:
         for option in options:
             _check_option(name, option)
-
-
-def _check_callable(name: str) -> None:
-    module, _, attribute = name.partition(":")
-    parts = attribute.split(".")
-    if not all(module.split(".")) or not all(part.isidentifier() for part in parts):
-        raise ValueError(f"model.name {one_line(repr(name))}: write package.module:callable")
 
 
 def _check_option(name: str, option: str) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from harness.errors import ConfigError
 from harness.lamb import LAMB
 from harness.lars import LARS, PRESETS
-from harness.optimizer_table import OPTIMIZERS
+from harness.optimizer_table import OPTIMIZERS, SHARED
+from harness.own import calling, check_options, find, keywords, written
+from harness.own_names import is_own
 from harness.schema import LARS_ONLY, Config
 from harness.schema import Optimizer as Settings
 
@@ -43,6 +45,8 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         return _lamb(_groups(named.values(), skipped, {"adapt": False}), config)
     if settings.decay_1d is False:
         skipped |= {parameter for parameter in named.values() if parameter.dim() <= 1}
+    if is_own(settings.name):
+        return _own(_groups(named.values(), skipped, {"weight_decay": 0.0}), config)
     return _of_torch(_groups(named.values(), skipped, {"weight_decay": 0.0}), config)
 
 
@@ -52,6 +56,15 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> N
         group["lr"] = lr
         if "momentum" in group:
             group["momentum"] = momentum
+
+
+def take_step(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """A step of the optimizer that is called ``name``; ConfigError if the user's own cannot."""
+    if is_own(name):
+        with calling("optimizer.name", name, "its step()"):
+            optimizer.step()
+    else:
+        optimizer.step()
 
 
 def _lars(groups: list[dict[str, Any]], config: Config) -> LARS:
@@ -110,6 +123,48 @@ def _of_torch(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optim
         raise ConfigError(f"optimizer.name {settings.name}: {error}") from None
     if settings.name == "sgd" and options.get("fused"):
         optimizer.register_step_pre_hook(_fill_momenta)
+    return optimizer
+
+
+def _own(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
+    """The user's: it gets groups of parameters, ``lr``, what it takes of momentum, weight_decay and
+    nesterov, and optimizer.options."""
+    settings, key = config.optimizer, "optimizer.name"
+    function = find(key, settings.name)
+    named, any_keyword = keywords(function)
+    arguments: dict[str, Any] = {"lr": config.lr.base}
+    for name in ("momentum", "weight_decay", "nesterov"):
+        value, default = getattr(settings, name), type(settings).model_fields[name].default
+        if name in named:
+            arguments[name] = value
+        elif value != default:
+            raise ConfigError(f"optimizer.{name} = {value}: {settings.name} does not take it")
+    if "lr" not in named and not any_keyword:
+        raise ConfigError(f"{key} {settings.name}: it must take lr=; lr.base is its first value")
+    check_options("optimizer.options", settings.name, function, settings.options, SHARED)
+    arguments |= _options(settings)
+    with calling(key, settings.name, f"calling it with (groups, {written(arguments)})"):
+        optimizer = function(groups, **arguments)
+    return _checked(settings.name, optimizer, groups)
+
+
+def _checked(name: str, optimizer: object, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """What the user's callable returned, if it can train these parameters."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"optimizer.name {name}: must return a torch.optim.Optimizer, but returned "
+            f"{type(optimizer).__name__}"
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held != {id(p) for group in groups for p in group["params"]}:
+        raise ConfigError(
+            f"optimizer.name {name}: it must hold the parameters that it is given, all of them"
+        )
+    if not all("lr" in group for group in optimizer.param_groups):
+        raise ConfigError(
+            f"optimizer.name {name}: its groups have no `lr`, which the schedule sets at each "
+            "update; hand it to torch.optim.Optimizer as one of the defaults"
+        )
     return optimizer
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from harness.own_names import check_own, is_own
 from harness.yamlfile import one_line, shown
 
 
@@ -133,12 +134,41 @@ SHARED = {
 """What is no option, because it is a key of its own."""
 
 
+OWN = Choice(None, momentum=True, nesterov=True)
+"""A user's own, package.module:callable: what it takes is known where it is built."""
+
+
+def choice_of(name: str) -> Choice:
+    """What is known of an optimizer."""
+    return OWN if is_own(name) else OPTIMIZERS[name]
+
+
+def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an unknown name, and for what `check_options` does."""
+    if is_own(name):
+        check_own("optimizer.name", name)
+        for option in options:
+            _check_not_shared(option)
+    elif name not in OPTIMIZERS:
+        valid = ", ".join(repr(known) for known in OPTIMIZERS)
+        raise ValueError(
+            f"optimizer.name: must be {valid}, or your own as package.module:callable, not "
+            f"{shown(name)}"
+        )
+    else:
+        check_options(name, options)
+
+
+def _check_not_shared(option: str) -> None:
+    if option in SHARED:
+        raise ValueError(f"optimizer.options: {option} is a key of its own, {SHARED[option]}")
+
+
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Raise ValueError for an option that the optimizer does not have, or a value out of range."""
     kinds = OPTIMIZERS[name].options
     for option, value in options.items():
-        if option in SHARED:
-            raise ValueError(f"optimizer.options: {option} is a key of its own, {SHARED[option]}")
+        _check_not_shared(option)
         if option not in kinds:
             valid = ", ".join(kinds) or "none"
             shown_name = one_line(option, 40)

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 
 from harness.comm.base import Communicator
 from harness.environment import host, launcher, usable_cores
-from harness.records import now
+from harness.lenient import pick
+from harness.own import files
+from harness.records import now as time_now
 from harness.redact import hidden, is_secret, redacted_words
 from harness.versions import PACKAGE, installed_version
 
@@ -47,10 +50,13 @@ _SETTINGS_ONLY = (
 )
 
 
-def collect(comm: Communicator) -> dict[str, Any]:
-    """Provenance of a run as plain data; called on rank 0."""
+def collect(comm: Communicator, own_parts: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Provenance of a run as plain data; called on rank 0.
+
+    ``own_parts``: what of the run is the user's own, as `Config.own_parts` has it.
+    """
     return {
-        "started": now(),
+        "started": time_now(),
         "launcher": launcher(),
         "command": redacted_words([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {
@@ -73,7 +79,20 @@ def collect(comm: Communicator) -> dict[str, Any]:
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         "environment": _settings(),
+        **({"own": files(own_parts)} if own_parts else {}),
     }
+
+
+def changed_files(first: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Files of the user's own parts that are not what they were in the attempt before, of all that
+    ``first``, the provenance of a run, tells of; ``now`` is this attempt's."""
+    attempts = pick(first, "attempts")
+    last = attempts[-1] if isinstance(attempts, list) and attempts else first
+    before, after = pick(last, "own"), pick(now, "own")
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return []
+    digests = {path: pick(before, path, "sha256") for path in before}
+    return sorted(path for path in digests.keys() & after if digests[path] != after[path]["sha256"])
 
 
 def _settings() -> dict[str, str]:
@@ -95,8 +114,11 @@ def _processor() -> str | None:
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout that this package runs from, with ``+`` if files differ from it."""
+    """Commit of the checkout that this package runs from, with ``+`` if files differ from it;
+    None if it is installed, be it into an environment that lies in another repository."""
     here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return None
     with suppress(OSError, subprocess.SubprocessError):
         result = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"],  # noqa: S607

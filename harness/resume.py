@@ -16,11 +16,13 @@ from harness.yamlfile import dump_yaml, one_line, parse_yaml, read_yaml
 _FREE = frozenset(
     {
         "paper",
+        "code",
         "data.root",
         "data.workers",
         "data.prefetch",
         "data.share",
         "data.on_corrupt",
+        "batch.growth.throughput",
         "ranks.start",
         "ranks.max",
         "ranks.prefer",
@@ -36,6 +38,7 @@ _FREE = frozenset(
         "comm.yield_when_idle",
         "train.keep_checkpoints",
         "train.tensorboard",
+        "train.trackers",
     }
 )
 _FREE_SECTIONS = ("paper.", "profile.", "launch.", "slurm.")

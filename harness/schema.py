@@ -13,22 +13,27 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    WithJsonSchema,
     model_validator,
 )
 
 from harness.dataset_table import OPTIONAL, check_dataset
 from harness.launch_schema import Launch, Slurm
 from harness.model_table import check_model
-from harness.optimizer_table import OPTIMIZERS, REFUSED, check_options
+from harness.optimizer_table import OPTIMIZERS, REFUSED, check_optimizer, choice_of
+from harness.own_names import check_own, is_own
 from harness.section import Count, Section
-from harness.units import Duration
-from harness.yamlfile import shown
+from harness.units import PATTERN, Duration
+from harness.yamlfile import one_line, shown
 
 Length = Annotated[
     Duration,
     BeforeValidator(Duration.parse),
     PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string", "pattern": PATTERN}),
 ]
+_POSITIVE = {"type": "number", "exclusiveMinimum": 0, "maximum": 1e30}
+_Options = WithJsonSchema({"type": "object"})
 Rate = Annotated[float, Field(ge=0, le=1e30)]  # float32 holds it, with room to be scaled
 Factor = Annotated[float, Field(gt=0, le=1e30)]
 
@@ -86,9 +91,17 @@ class Paper(Section):
     note: str | None = None
 
 
+class Sizes(Section):
+    train: Count
+    """Training samples."""
+    test: Count
+    """Test samples."""
+
+
 class Data(Section):
     dataset: Annotated[str, Field(min_length=1, max_length=200)]
-    """A data set's name; ``harness doctor`` lists all of them, and where each is expected."""
+    """A data set's name; ``harness doctor`` lists all of them, and where each is expected. Or your
+    own as package.module:callable."""
     root: Annotated[str, Field(min_length=1)] | None = None
     """Directory of the files; not needed for data that ships with a package or is generated."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
@@ -106,8 +119,13 @@ class Data(Section):
     size: Count | None = None
     """Training samples of data that is generated (synthetic, digits-enlarged), or of all of
     webdataset's training shards together, which planning would otherwise have to read."""
+    sizes: Sizes | None = None
+    """package.module:callable: samples of both splits, which a plan cannot ask it for."""
+    options: Annotated[dict[str, Any], PlainValidator(_options)] = {}
+    """package.module:callable: keyword arguments for it."""
     classes: Annotated[int, Field(ge=1, le=10**6)] | None = None
-    """synthetic: number of classes; default: 1000."""
+    """Number of classes: synthetic, default 1000; package.module:callable, default: what its
+    attribute ``classes`` lists."""
     channels: Annotated[int, Field(ge=1, le=1024)] | None = None
     """synthetic: channels of an image; default: 3."""
     on_corrupt: Literal["stop", "skip"] = "stop"
@@ -118,17 +136,37 @@ class Data(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         check_dataset(self.dataset, self.root, {key: getattr(self, key) for key in OPTIONAL})
+        if is_own(self.dataset):
+            self._check_own()
+        elif self.options:
+            raise ValueError(
+                f"data.options has no meaning for data.dataset = {self.dataset}; it belongs to "
+                "your own, package.module:callable"
+            )
         if self.cutout is not None and not self.augment:
             raise ValueError(f"data.cutout = {self.cutout} needs data.augment = true")
         if self.cutout is not None and self.dataset == "synthetic":
             raise ValueError("data.cutout has no meaning for data.dataset = synthetic")
         return self
 
+    def _check_own(self) -> None:
+        if self.sizes is None:
+            raise ValueError(
+                f"data.sizes is needed for data.dataset = {self.dataset}, as {{train: 50000, test: "
+                "10000}: a plan, which imports nothing of yours, cannot ask it for its length"
+            )
+        for key, value in (("cutout", self.cutout), ("workers", self.workers or None)):
+            if value is not None:
+                raise ValueError(
+                    f"data.{key} = {value} has no meaning for data.dataset = {self.dataset}, which "
+                    "makes its images itself"
+                )
+
 
 class Model(Section):
     name: Annotated[str, Field(min_length=1, max_length=200)]
     """lenet5, resnet20 …, one of torchvision's, or your own as package.module:callable."""
-    options: Annotated[dict[str, Any], PlainValidator(_options)] = {}
+    options: Annotated[dict[str, Any], PlainValidator(_options), _Options] = {}
     """Keyword arguments of the model's constructor."""
     zero_gamma: bool = False
     """Residual blocks begin as the identity: the scale of each one's last batch norm starts at 0
@@ -198,7 +236,11 @@ class LossGrowth(_Measured):
     """⌈B0 · (F(w0) − F*) / (F(w) − F*)⌉ (AdaDamp, Sievert and Charles, Algorithm 1)."""
 
     policy: Literal["loss"]
-    optimum: Annotated[float | Literal["estimate"], PlainValidator(_optimum)] = 0.0
+    optimum: Annotated[
+        float | Literal["estimate"],
+        PlainValidator(_optimum),
+        WithJsonSchema({"anyOf": [{"type": "number", "maximum": 1e30}, {"const": "estimate"}]}),
+    ] = 0.0
     """F*: the least loss, if known; estimate: extrapolated from the last three decisions."""
     loss: Literal["running", "sample", "full"] = "running"
     """F: smoothed loss of the updates, or the training set's, of a sample of it or in full."""
@@ -237,6 +279,72 @@ class NoiseGrowth(_Measured):
     """Time over which tr(Σ) and ‖G‖² are smoothed."""
 
 
+class SpeedModel(Section):
+    """Coefficients of the time of an update (docs/scaling.md), in seconds, images and bytes."""
+
+    per_image: Annotated[float, Field(ge=1e-15, le=1e9)]
+    fixed: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+    """Of an update, whatever its images."""
+    jitter: Annotated[float, Field(ge=0, le=10)] = 0.0
+    gamma: Annotated[float, Field(ge=1, le=1e6)] = 1.0
+    """1: communication comes after compute; large: the longer one hides the other."""
+    within_latency: Annotated[float, Field(ge=0, le=1e3)] = 0.0
+    """α between the ranks of a node, of a message."""
+    within_seconds_per_byte: Annotated[float, Field(ge=0, le=1e3)] = 0.0
+    """β."""
+    between_latency: Annotated[float, Field(ge=0, le=1e3)] = 0.0
+    """α between nodes."""
+    between_seconds_per_byte: Annotated[float, Field(ge=0, le=1e3)] = 0.0
+    gradient_bytes: Annotated[float, Field(ge=0, le=1e18)] = 0.0
+    """Of an update, per rank."""
+    buckets: Count = 1
+    """Messages that they travel in."""
+    topology: Literal["two-level", "ring"] = "two-level"
+    ranks_per_node: Count | None = None
+    """null: all on one."""
+    measured_ranks: Count | None = None
+    """The most ranks that it was fitted to; null: not fitted here."""
+    misfit: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    """Root mean square of log(fitted / measured)."""
+
+
+class GoodputGrowth(_Measured):
+    """The ranks × accumulation with the most throughput × statistical efficiency (Pollux, Qiao et
+    al. 2021; McCandlish et al. 2018)."""
+
+    policy: Literal["goodput"]
+    throughput: list[Annotated[str, Field(min_length=1)]] = []
+    """Bench, run and probe directories that the model of speed is fitted to when a run starts."""
+    model: SpeedModel | None = None
+    """What was fitted; given, the files of throughput are not read."""
+    ranks: Annotated[list[Count], Field(min_length=1)] | None = None
+    """Numbers of ranks to choose from; null: those from ranks.start to ranks.max worth a try."""
+    objective: Literal["time", "rank_hours"] = "time"
+    """rank_hours: as fast as can be for at most 1 / efficiency times the least rank-hours."""
+    efficiency: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """objective: rank_hours: progress per rank-hour, over the most there is to be had."""
+    hysteresis: Annotated[float, Field(ge=0, le=1e6)] = 0.05
+    """The choice stays unless another one has more goodput by this share."""
+    limit: Annotated[float, Field(gt=1, le=1e30)] | None = 2.0
+    """Largest growth of the batch in one decision, as a factor; null: none."""
+    memory: Length = Duration.parse("0.5ep")
+    """Time over which tr(Σ) and ‖G‖² are smoothed."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.throughput and self.model is None:
+            raise ValueError(
+                "batch.growth.throughput is needed with batch.growth.policy = goodput: name "
+                "directories of harness bench, harness run or harness probe, or give "
+                "batch.growth.model"
+            )
+        if self.ranks is not None and sorted(set(self.ranks)) != self.ranks:
+            raise ValueError(
+                f"batch.growth.ranks = {self.ranks}: must be different numbers in ascending order"
+            )
+        return self
+
+
 class PlateauGrowth(_Measured):
     """× factor after ``patience`` decisions without a better loss (AdaBatch's code has this)."""
 
@@ -247,7 +355,7 @@ class PlateauGrowth(_Measured):
     """Share by which a loss must fall below the best one to count as better."""
 
 
-MeasuredGrowth = LossGrowth | RollingGrowth | NoiseGrowth | PlateauGrowth
+MeasuredGrowth = LossGrowth | RollingGrowth | NoiseGrowth | GoodputGrowth | PlateauGrowth
 Growth = Annotated[
     FixedGrowth | ListGrowth | GeometricGrowth | LinearGrowth | MeasuredGrowth,
     Field(discriminator="policy"),
@@ -297,11 +405,14 @@ class Batch(Section):
                 f"batch.max is needed with batch.growth.policy = {self.growth.policy}: what is "
                 "measured may ask for any batch"
             )
-        if isinstance(self.growth, NoiseGrowth) and self.initial == 1:
+        if isinstance(self.growth, NoiseGrowth | GoodputGrowth) and self.initial == 1:
             raise ValueError(
                 "batch.initial = 1 makes one micro-batch; to measure the noise scale two are needed"
             )
-        if isinstance(self.growth, NoiseGrowth) and self.initial <= self.micro_batch:
+        if (
+            isinstance(self.growth, NoiseGrowth | GoodputGrowth)
+            and self.initial <= self.micro_batch
+        ):
             raise ValueError(
                 f"batch.micro = {self.micro_batch} makes one micro-batch of batch.initial = "
                 f"{self.initial}; to measure the noise scale two or more are needed: micro at most "
@@ -362,29 +473,15 @@ LARS_ONLY = (
 
 
 class Optimizer(Section):
-    name: Literal[
-        "sgd",
-        "lars",
-        "lamb",
-        "adadelta",
-        "adafactor",
-        "adagrad",
-        "adam",
-        "adamax",
-        "adamw",
-        "asgd",
-        "nadam",
-        "radam",
-        "rmsprop",
-        "rprop",
-    ] = "sgd"
+    name: Annotated[str, Field(min_length=1, max_length=200)] = "sgd"
+    """lars, lamb, one of torch.optim in lower case, or your own as package.module:callable."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """sgd, lars, rmsprop; 0 for all others."""
     weight_decay: Rate = 0.0
     """0 unless given, adamw's too."""
     nesterov: bool = False
     """sgd, lars."""
-    options: Annotated[dict[str, Any], PlainValidator(_options)] = {}
+    options: Annotated[dict[str, Any], PlainValidator(_options), _Options] = {}
     """What else lamb, or an optimizer of torch.optim, takes: betas, eps, …"""
     skip: list[Annotated[str, Field(min_length=1, max_length=200)]] = []
     """Patterns of parameter names, as *.bias: neither decayed nor, by lars and lamb, adapted."""
@@ -434,11 +531,11 @@ class Optimizer(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        check_options(self.name, self.options)
+        check_optimizer(self.name, self.options)
         self._check_shared_keys()
         for name in (*LARS_ONLY, "preset"):
             if self.name != "lars" and getattr(self, name) is not None:
-                option = name in OPTIMIZERS[self.name].options
+                option = name in choice_of(self.name).options
                 hint = f"; {self.name} has optimizer.options.{name}" if option else ""
                 raise ValueError(
                     f"optimizer.{name} belongs to optimizer.name = lars, not {self.name}{hint}"
@@ -470,7 +567,7 @@ class Optimizer(Section):
 
     def _check_shared_keys(self) -> None:
         """Raise ValueError for a key that all share where this optimizer has nothing like it."""
-        choice = OPTIMIZERS[self.name]
+        choice = choice_of(self.name)
         betas = "; its decay rates are optimizer.options.betas" if "betas" in choice.options else ""
         if not choice.momentum and self.momentum != 0:
             raise ValueError(
@@ -600,7 +697,13 @@ class LearningRate(Section):
     """The scaled rate never exceeds this."""
     warmup: Warmup | None = None
     decay: Decay = NoDecay()
-    on_growth: Annotated[float | list[float], PlainValidator(_factors)] = 1.0
+    on_growth: Annotated[
+        float | list[float],
+        PlainValidator(_factors),
+        WithJsonSchema(
+            {"anyOf": [_POSITIVE, {"type": "array", "items": _POSITIVE, "minItems": 1}]}
+        ),
+    ] = 1.0
     """The rate is multiplied with this each time the global batch grows; a list has one factor for
     each growth, the last one again for all that follow."""
 
@@ -653,6 +756,9 @@ class Comm(Section):
         return self
 
 
+TRACKERS = ("tensorboard", "mlflow", "wandb")
+
+
 class Train(Section):
     duration: Length
     """Length of the run."""
@@ -677,8 +783,81 @@ class Train(Section):
     """Run the model through torch.compile."""
     sync_batch_norm: bool = False
     """Batch norm over the micro-batches of all ranks, instead of each by itself."""
+    loss: Annotated[str, Field(min_length=1, max_length=200)] = "cross_entropy"
+    """Or your own as package.module:callable, of (logits, labels)."""
+    loss_reduction: Literal["sum", "mean", "none"] | None = None
+    """What your own loss returns: the sum or the mean over the samples it gets, or each one's."""
+    loss_options: Annotated[dict[str, Any], PlainValidator(_options)] = {}
+    """Keyword arguments of your own loss."""
+    metric: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """Your own as package.module:callable, of (logits, labels), with a value for each sample;
+    evaluations record its mean beside the accuracy."""
+    metric_options: Annotated[dict[str, Any], PlainValidator(_options)] = {}
+    """Keyword arguments of your own metric."""
     tensorboard: bool | None = None
-    """Write scalars for TensorBoard; null: if its package is installed."""
+    """Write scalars for TensorBoard; null: if its package is installed and trackers is null."""
+    trackers: list[Annotated[str, Field(min_length=1, max_length=200)]] | None = None
+    """Who is told of the run as it goes on: tensorboard, mlflow, wandb, or your own as
+    package.module:callable."""
+
+    @property
+    def wants_tensorboard(self) -> bool | None:
+        """None: if its package is installed."""
+        if self.tensorboard is None and self.trackers is not None:
+            return "tensorboard" in self.trackers
+        return self.tensorboard
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        self._check_loss()
+        self._check_trackers()
+        if self.metric is not None:
+            check_own("train.metric", self.metric)
+        elif self.metric_options:
+            raise ValueError("train.metric_options belongs to train.metric, which is not set")
+        return self
+
+    def _check_trackers(self) -> None:
+        for index, name in enumerate(self.trackers or []):
+            if is_own(name):
+                check_own(f"train.trackers.{index}", name)
+            elif name not in TRACKERS:
+                raise ValueError(
+                    f"train.trackers.{index} = {one_line(name)} is not known; valid: "
+                    f"{', '.join(TRACKERS)}, or your own as package.module:callable"
+                )
+            if name in (self.trackers or [])[:index]:
+                raise ValueError(f"train.trackers.{index} = {name} stands there twice")
+        if self.tensorboard is False and "tensorboard" in (self.trackers or []):
+            raise ValueError(
+                "train.tensorboard = false, and train.trackers has tensorboard; leave one out"
+            )
+
+    def _check_loss(self) -> None:
+        if is_own(self.loss):
+            check_own("train.loss", self.loss)
+            if self.loss_reduction is None:
+                raise ValueError(
+                    f"train.loss_reduction is needed for train.loss = {self.loss}: sum, mean or "
+                    "none, whichever it returns over the samples that it gets"
+                )
+            if self.label_smoothing:
+                raise ValueError(
+                    f"train.label_smoothing = {self.label_smoothing:g} belongs to train.loss = "
+                    f"cross_entropy, not {self.loss}"
+                )
+            return
+        if self.loss != "cross_entropy":
+            raise ValueError(
+                f"train.loss = {one_line(self.loss)} is not known; valid: cross_entropy, or your "
+                "own as package.module:callable"
+            )
+        for key in ("loss_reduction", "loss_options"):
+            if getattr(self, key):
+                raise ValueError(
+                    f"train.{key} belongs to a loss of your own, package.module:callable, not "
+                    f"{self.loss}"
+                )
 
 
 def _updates(value: object) -> list[int]:
@@ -710,9 +889,31 @@ def _traced(value: object) -> Literal["all"] | list[int]:
 class Trace(Section):
     """A trace of some updates by torch.profiler; it slows these down."""
 
-    updates: Annotated[list[int], PlainValidator(_updates)]
+    updates: Annotated[
+        list[int],
+        PlainValidator(_updates),
+        WithJsonSchema(
+            {
+                "type": "array",
+                "items": {"type": "integer", "minimum": 1},
+                "minItems": 2,
+                "maxItems": 2,
+            }
+        ),
+    ]
     """The first and the last of them, counted from 1 as in metrics.jsonl."""
-    ranks: Annotated[Literal["all"] | list[int], PlainValidator(_traced)] = "all"
+    ranks: Annotated[
+        Literal["all"] | list[int],
+        PlainValidator(_traced),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"const": "all"},
+                    {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+                ]
+            }
+        ),
+    ] = "all"
     """Which ranks write one."""
 
 
@@ -740,6 +941,9 @@ class Config(Section):
     comm: Comm = Comm()
     train: Train
     profile: Profile = Profile()
+    code: Annotated[str, Field(min_length=1)] | None = None
+    """Folder in which your own package.module:callable is looked for, after all that is installed;
+    from this file's folder if relative. Default: this file's folder."""
     launch: Launch = Launch()
     slurm: Slurm = Slurm()
 
@@ -748,10 +952,12 @@ class Config(Section):
         check_shares(self, self.ranks.start)
         self._check_lengths()
         self._check_profile()
-        if isinstance(self.batch.growth, NoiseGrowth) and self.train.sync_batch_norm:
+        growth = self.batch.growth
+        if isinstance(growth, NoiseGrowth | GoodputGrowth) and self.train.sync_batch_norm:
             raise ValueError(
-                "batch.growth.policy = noise cannot measure with train.sync_batch_norm = true: the "
-                "micro-batches of an update are then no independent samples"
+                f"batch.growth.policy = {growth.policy} cannot measure with "
+                "train.sync_batch_norm = true: the micro-batches of an update are then no "
+                "independent samples"
             )
         if self.comm.backend == "solo" and self.ranks.ceiling > 1:
             raise ValueError(
@@ -759,6 +965,17 @@ class Config(Section):
                 "use comm.backend=horovod"
             )
         return self
+
+    def own_parts(self) -> dict[str, str]:
+        """Keys that name a callable of the user's -> what they name."""
+        named = {
+            "model.name": self.model.name,
+            "data.dataset": self.data.dataset,
+            "optimizer.name": self.optimizer.name,
+            "train.loss": self.train.loss,
+            "train.metric": self.train.metric or "",
+        }
+        return {key: name for key, name in named.items() if is_own(name)}
 
     def _check_profile(self) -> None:
         trace, total = self.profile.trace, self.train.duration

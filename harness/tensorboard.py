@@ -19,7 +19,7 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ _EVALUATION = {
     "test/loss": ("loss",),
     "test/accuracy": ("accuracy",),
     "test/accuracy_top5": ("accuracy_top5",),
+    "test/metric": ("metric",),
 }
 
 
@@ -108,21 +109,11 @@ class Scalars:
 
     def line(self, line: Record) -> None:
         """The scalars of a line of metrics.jsonl."""
-        values = {tag: _pick(line, *keys) for tag, keys in _LINE.items()}
-        seconds = line.get("seconds")
-        if isinstance(seconds, dict):
-            spent = {phase: _pick(seconds, phase) for phase in seconds}
-            total = sum(value for value in spent.values() if value is not None)
-            if total > 0:
-                values |= {
-                    f"time/{phase}": None if value is None else value / total
-                    for phase, value in spent.items()
-                }
-        self._scalars(line, values)
+        self._scalars(line, line_values(line))
 
     def evaluation(self, event: Record) -> None:
         """The scalars of an evaluation's line in events.jsonl."""
-        self._scalars(event, {tag: _pick(event, *keys) for tag, keys in _EVALUATION.items()})
+        self._scalars(event, evaluation_values(event))
 
     def sync(self) -> None:
         """Wait until all is on the disk."""
@@ -131,19 +122,41 @@ class Scalars:
     def close(self) -> None:
         os.close(self._fd)
 
-    def _scalars(self, record: Record, values: dict[str, float | None]) -> None:
+    def _scalars(self, record: Record, values: dict[str, float]) -> None:
         """Points of one step. What is missing has none."""
         step = record.get("samples_seen")
         if not isinstance(step, int):
             return
         value = self._summary.Value
-        found = [value(tag=tag, simple_value=v) for tag, v in values.items() if v is not None]
+        found = [value(tag=tag, simple_value=v) for tag, v in values.items()]
         if found:
             self._write(step=step, summary=self._summary(value=found))
 
     def _write(self, **fields: Any) -> None:
         content = framed(self._event(wall_time=time.time(), **fields).SerializeToString())
         write_all(self._fd, content, self._path)
+
+
+def line_values(line: Record) -> dict[str, float]:
+    """What is to be drawn of a line of metrics.jsonl, by tag. What is missing has no value."""
+    values = _picked(line, _LINE)
+    seconds = line.get("seconds")
+    if isinstance(seconds, dict):
+        spent = _picked(seconds, {phase: (phase,) for phase in seconds})
+        total = sum(spent.values())
+        if total > 0:
+            values |= {f"time/{phase}": value / total for phase, value in spent.items()}
+    return values
+
+
+def evaluation_values(event: Record) -> dict[str, float]:
+    """The same of an evaluation's line in events.jsonl."""
+    return _picked(event, _EVALUATION)
+
+
+def _picked(record: Record, tags: Mapping[str, tuple[str, ...]]) -> dict[str, float]:
+    found = {tag: _pick(record, *keys) for tag, keys in tags.items()}
+    return {tag: value for tag, value in found.items() if value is not None}
 
 
 def _crc_table() -> tuple[int, ...]:

@@ -36,6 +36,7 @@ from harness.progress import Display, Pace, Status
 from harness.resume import settled
 from harness.schedule.clock import Clock, step, update_size
 from harness.schedule.configured import rate_schedule, stage_scheduler
+from harness.schedule.goodput import Goodput
 from harness.schedule.growth import BatchDecision, Observation
 from harness.schedule.noise import NoiseScale
 from harness.schedule.plan import Decomposition, decompose, ranks_for, run_end, samples_until_growth
@@ -113,10 +114,13 @@ class Trainer:
         pulse.trains(True)
         try:
             while not self._end.reached(self.clock):
-                decision = self._decide()
+                due = self._scheduler.due(self.clock)
+                decision = self._decide(due)
                 pieces = decompose(decision.batch, self._config.batch.micro_batch, self._comm.size)
                 if decision.stage != self._stage:
                     self._enter_stage(decision, pieces)
+                elif due and decision.ranks is not None:
+                    self._grow_to(decision.ranks, decision)
                 self._update(decision, pieces)
             return self._finish()
         finally:
@@ -174,9 +178,9 @@ class Trainer:
             self._evaluation = Evaluation(**{**evaluation, "corrupt": tuple(evaluation["corrupt"])})
         self._window = Window.from_state(state["window"])
 
-    def _decide(self) -> BatchDecision:
+    def _decide(self, due: bool) -> BatchDecision:
         """The global batch of the next update, after measuring what the decision needs."""
-        due, wanted = self._scheduler.due(self.clock), self._scheduler.wanted(self.clock)
+        wanted = self._scheduler.wanted(self.clock)
         loss = None if wanted is None else self._training_loss(wanted.samples)
         decision = self._scheduler.decide(self.clock, loss)
         if due:
@@ -187,6 +191,7 @@ class Trainer:
                 epoch=self.clock.epoch,
                 global_batch=decision.batch,
                 asked=decision.asked,
+                ranks_wanted=decision.ranks,
                 training_loss=loss,
                 reason=decision.reason,
             )
@@ -214,14 +219,15 @@ class Trainer:
 
     def _measure(self, split: Split, samples: npt.NDArray[np.int64] | None = None) -> Evaluation:
         shape, autocast = self._data.shape, self._step.precision.autocast
-        return evaluate(self._model, split, self._comm, samples, shape, autocast)
+        criterion = self._step.criterion
+        return evaluate(self._model, split, self._comm, samples, shape, autocast, criterion)
 
     def _enter_stage(self, decision: BatchDecision, pieces: Decomposition) -> None:
         self._flush_window()  # a line holds updates of one stage only
-        wanted = ranks_for(decision.batch, self._config.batch, self._config.ranks)
-        wanted = min(wanted, self._grow)
-        if wanted > self._comm.size and self.clock.updates and self._growth_pays(decision, wanted):
-            self._stop_with_checkpoint(f"stage {decision.stage} wants {wanted} ranks", wanted)
+        wanted = decision.ranks
+        if wanted is None:
+            wanted = ranks_for(decision.batch, self._config.batch, self._config.ranks)
+        self._grow_to(wanted, decision)
         self._stage = decision.stage
         self._journal.event(
             "stage",
@@ -237,6 +243,12 @@ class Trainer:
             reason=decision.reason,
         )
 
+    def _grow_to(self, wanted: int, decision: BatchDecision) -> None:
+        """Stop with a checkpoint if so many ranks are more than there are, can be had, and pay."""
+        wanted = min(wanted, self._grow)
+        if wanted > self._comm.size and self.clock.updates and self._growth_pays(decision, wanted):
+            self._stop_with_checkpoint(f"stage {decision.stage} wants {wanted} ranks", wanted)
+
     def _growth_pays(self, decision: BatchDecision, wanted: int) -> bool:
         """Whether so many ranks save more time, until the schedule wants still more of them, than a
         start takes. If not, accumulation makes up for them: the updates are the same."""
@@ -245,7 +257,7 @@ class Trainer:
         if cost is None or settled == 0 or not pace:
             return True
         samples = samples_until_growth(self._config, self.clock, wanted)
-        saved = samples / pace * (1 - self._comm.size / wanted)
+        saved = samples / pace * self._share_saved(decision, wanted)
         if self._agree(int(saved >= cost)):  # each rank has a clock of its own
             return True
         self._journal.event(
@@ -260,6 +272,14 @@ class Trainer:
             f"starting them takes {cost:.1f} s",
         )
         return False
+
+    def _share_saved(self, decision: BatchDecision, wanted: int) -> float:
+        """Of the time, by so many ranks: as the policy's model has it, else in proportion."""
+        policy, size = self._scheduler.measured, self._comm.size
+        if isinstance(policy, Goodput):
+            now, then = (policy.options.option(n, decision.batch) for n in (size, wanted))
+            return 1 - now.images_per_sec / then.images_per_sec
+        return 1 - size / wanted
 
     def _update(self, decision: BatchDecision, pieces: Decomposition) -> None:
         epoch_end = self._config.batch.epoch_end
@@ -433,6 +453,7 @@ class Trainer:
             accuracy=self._evaluation.accuracy,
             accuracy_top5=self._evaluation.accuracy_top5,
             corrupt=len(self._evaluation.corrupt),
+            **_metric(self._evaluation),
         )
         self._note_corrupt("test", self._evaluation.corrupt)
         return self._evaluation
@@ -515,6 +536,7 @@ class Trainer:
             accuracy=result.accuracy,
             accuracy_top5=result.accuracy_top5,
             corrupt=self._left_out,
+            **_metric(result),
         )
         return result
 
@@ -543,6 +565,11 @@ class Trainer:
         )
 
 
+def _metric(evaluation: Evaluation) -> dict[str, float]:
+    """As a record has it: the user's own metric, if there is one."""
+    return {} if evaluation.metric is None else {"metric": evaluation.metric}
+
+
 _NUMBERS = (
     *("samples_seen", "update", "dataset_size", "stage", "skipped_in_a_row", "train_seconds"),
     *("left_out", "evaluated_at"),
@@ -557,7 +584,11 @@ def _check_kinds(state: dict[str, Any]) -> None:
     numbers += window.seconds.values()
     evaluation = state["evaluation"]
     if evaluation is not None:
-        numbers += [value for name, value in evaluation.items() if name != "corrupt"]
+        numbers += [
+            value
+            for name, value in evaluation.items()
+            if name != "corrupt" and (name, value) != ("metric", None)
+        ]
     if not all(type(value) in (int, float) for value in numbers):
         raise TypeError("a number in it is none")
     if not isinstance(window.latest, dict):

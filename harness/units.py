@@ -13,6 +13,8 @@ from typing import Literal
 Unit = Literal["ep", "up", "sa"]
 
 _FORM = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) *(ep|up|sa)")
+PATTERN = r"^\s*([0-9]{1,18}(\.[0-9]{1,18})? *ep|[0-9]{1,18}(\.0{1,18})? *(up|sa))\s*$"
+"""What ``Duration.parse`` takes, for editors."""
 VALID = "a number and its unit: 5ep (epochs), 200up (updates) or 50000sa (samples)"
 
 

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from harness import checkpoint, environment, pulse
+from harness import checkpoint, environment, own, pulse
 from harness.attempts import Attempt, Draft, check_format
 from harness.autotune import Tuned, slower_than_none, tune
 from harness.benchstats import Enough
 from harness.comm import Communicator, allreduce, broadcast_bytes, open_communicator
 from harness.comm.together import AllLeave, together
 from harness.config import dump_config, load_config
+from harness.criterion import Criterion
 from harness.data.datasets import ImageData
 from harness.data.shared import load_shared
 from harness.elastic import LeftOut, Membership, Regroup
@@ -39,7 +40,7 @@ from harness.last_words import leave_at_once, leave_last_words
 from harness.memory import keep_freed_memory
 from harness.models import configured_model
 from harness.progress import Display, Relay, Silent, local_display
-from harness.provenance import collect
+from harness.provenance import changed_files, collect
 from harness.records import (
     Position,
     RunDirectory,
@@ -53,10 +54,12 @@ from harness.records import (
 from harness.resume import check_same_run, check_same_settings, keep_choices
 from harness.schedule.plan import build_plan
 from harness.schema import Config
+from harness.speedfit import settled_growth
 from harness.stop import StopRequest
 from harness.syncbn import convert
 from harness.tensorboard import Scalars, check_installed, open_scalars
 from harness.tracing import next_timeline
+from harness.trackers import check_trackers, open_trackers
 from harness.trainer import Trainer
 from harness.yamlfile import one_line
 
@@ -95,9 +98,11 @@ def train(
     comm: Communicator | None = None
     try:
         config = load_config(config_path, overrides)
+        own.look_in(config.code)
         _start_mps()
         words = environment.failure_dir()
         run = RunDirectory(run_dir, launch=None if words is None else words.parent)
+        config = settled_growth(config, run if resume else None)
         seconds = environment.seconds_to_measure()
         enough = None if seconds is None else Enough(seconds)
         stop = stop or StopRequest()
@@ -200,7 +205,11 @@ def _run(
         # Only now is it certain that the run goes on from there.
         attempt = together(
             comm,
-            lambda: _begin(config, run, resumed, resume, journal, held) if comm.rank == 0 else None,
+            lambda: (
+                _begin(config, run, resumed, resume, journal, held, display)
+                if comm.rank == 0
+                else None
+            ),
         )
         if comm.rank == 0 and environment.failure_dir() is None and membership is None:
             stop.clear()  # else who has started the ranks has done so before
@@ -224,6 +233,7 @@ def _model(config: Config, data: ImageData, comm: Communicator) -> nn.Module:
     """The model on its device, as it is to be computed."""
     model = configured_model(config, data.num_classes, data.shape)
     model.to(comm.device)
+    Criterion(config.train).try_on(data.num_classes, comm.device)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     # With one rank too: what many ranks are compared with runs the same code.
@@ -233,7 +243,8 @@ def _model(config: Config, data: ImageData, comm: Communicator) -> nn.Module:
 def _take(config: Config, run: RunDirectory, lock: RunLock, resume: bool) -> None:
     """Rank 0: check, create and lock the run directory; it holds no run yet."""
     run.check_usable(resume)
-    check_installed(config.train.tensorboard)
+    check_installed(config.train.wants_tensorboard)
+    check_trackers(config)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         lock.acquire(patience=10.0 if resume else 0.0)
@@ -251,6 +262,7 @@ def _begin(
     resume: bool,
     journal: Journal,
     held: ExitStack,
+    display: Display,
 ) -> Attempt:
     """Rank 0: take over what the checkpoint knows of, be the newest attempt from here on, and open
     its journal."""
@@ -266,14 +278,15 @@ def _begin(
         else:
             write_atomic(draft.run.config, dump_config(config).encode())
     attempt = draft.commit()
-    journal.open(attempt, _scalars(config, attempt, resumed))
+    trackers = open_trackers(config, attempt.run, display.say)
+    journal.open(attempt, _scalars(config, attempt, resumed), trackers)
     return attempt
 
 
 def _scalars(config: Config, attempt: Attempt, resumed: _Resumed) -> Scalars | None:
     seen = resumed.state["samples_seen"] if resumed.state else 0
     with attempt.writing():
-        scalars = open_scalars(config.train.tensorboard, attempt.run, seen)
+        scalars = open_scalars(config.train.wants_tensorboard, attempt.run, seen)
         attempt.publish()
         return scalars
 
@@ -401,12 +414,14 @@ def _introduce(
 ) -> None:
     """Rank 0: write down who runs, on what, and from where."""
     attempts = sum(1 for r in read_jsonl(run.events) if r and r.get("kind") in ("start", "resume"))
-    provenance = collect(comm)
+    provenance = collect(comm, config.own_parts())
+    changed: list[str] = []
     if run.provenance.exists():
         with suppress(
             OSError, ValueError, AttributeError, TypeError, RecursionError
         ):  # written anew
             first = json.loads(read_text(run.provenance))
+            changed = changed_files(first, provenance)
             provenance = {**first, "attempts": [*first.get("attempts", []), provenance]}
     write_json(run.provenance, provenance)
     if not run.plan.exists():
@@ -426,6 +441,13 @@ def _introduce(
         updates_repeated=max(0, resumed.furthest[0] - trainer.clock.updates),
         samples_repeated=max(0, resumed.furthest[1] - trainer.clock.samples),
     )
+    for path in changed:
+        told = (
+            f"{path} has changed since the run's last attempt; what follows may not be what the "
+            "run would have come to"
+        )
+        journal.event("warning", trainer.clock.updates, reason=told)
+        display.say(f"harness: warning: {told}")
     for name, why in resumed.rejected:
         journal.event("checkpoint_rejected", trainer.clock.updates, file=name, reason=why)
         display.say(

@@ -107,6 +107,19 @@ def dump_yaml(data: Any) -> str:
     return yaml.dump(data, Dumper=_CoreDumper, sort_keys=False, allow_unicode=True)
 
 
+def dump_line(value: Any) -> str:
+    """The same on one line, without its end, to stand behind a key."""
+    text = yaml.dump(
+        [value],
+        Dumper=_CoreDumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=True,
+        width=float("inf"),
+    )
+    return str(text).strip()[1:-1]
+
+
 def shown(value: object) -> str:
     """A value as a message shows it: as YAML has it, on one line, and short."""
     if value == []:

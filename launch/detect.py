@@ -31,38 +31,41 @@ def mpi_flavour(version_text: str) -> Literal["openmpi4", "openmpi5", "mpich"]:
             "mpirun is Intel MPI's, which takes other options; start the ranks with --launcher "
             "srun or horovodrun, or put Open MPI or MPICH first on PATH"
         )
-    said = version_text.strip().partition("\n")[0][:120] or "nothing"
+    printed = version_text.strip().partition("\n")[0][:120] or "nothing"
     raise LaunchError(
-        f"mpirun is not one that is known (mpirun --version says {said!r}); known are Open MPI 3 "
-        "to 5 and MPICH. If it takes the options of one of them, set launch.mpi to openmpi4, "
+        f"mpirun is not one that is known (mpirun --version says {printed!r}); known are Open MPI "
+        "3 to 5 and MPICH. If it takes the options of one of them, set launch.mpi to openmpi4, "
         "openmpi5 or mpich"
     )
 
 
 def installed_mpi() -> Literal["openmpi4", "openmpi5", "mpich"]:
     """Whose mpirun would be started. Raises LaunchError if there is none, or an unknown one."""
-    return mpi_flavour(
-        _said(
-            ["mpirun", "--version"],
-            "install Open MPI (`make setup` in a checkout), or set launch.mpi",
-        )
+    return mpi_flavour(mpi_version())
+
+
+def mpi_version() -> str:
+    """What ``mpirun --version`` prints. Raises LaunchError if there is none, or it fails."""
+    return said(
+        ["mpirun", "--version"],
+        "install Open MPI (`make setup` in a checkout), or set launch.mpi",
     )
 
 
 def mpi_programs() -> tuple[str | None, str | None]:
     """Where Open MPI is installed, and the daemon that it starts on other hosts; None for what is
     not to be found."""
-    program = _program("mpirun")
-    if program is None:
+    mpirun = program("mpirun")
+    if mpirun is None:
         return None, None
-    daemon = Path(program).with_name("orted")
-    return str(Path(program).parents[1]), str(daemon) if daemon.exists() else None
+    daemon = Path(mpirun).with_name("orted")
+    return str(Path(mpirun).parents[1]), str(daemon) if daemon.exists() else None
 
 
 def srun_mpi(list_text: str) -> str:
     """What srun's --mpi is to be by what ``srun --mpi=list`` prints: pmix, else its newest version
     by name, else pmi2. Raises LaunchError if it has none of them."""
-    words = set(re.findall(r"[a-z][a-z0-9_]*", list_text))
+    words = set(_words(list_text))
     if "pmix" in words:
         return "pmix"
     versions = [int(word[6:]) for word in words if re.fullmatch(r"pmix_v[0-9]{1,3}", word)]
@@ -77,13 +80,25 @@ def srun_mpi(list_text: str) -> str:
     )
 
 
+def _words(list_text: str) -> list[str]:
+    return re.findall(r"[a-z][a-z0-9_]*", list_text)
+
+
 def available_srun_mpi() -> str:
     """What srun's --mpi is to be on this machine. Raises LaunchError as ``srun_mpi``."""
-    return srun_mpi(
-        _said(
-            ["srun", "--mpi=list"],
-            "start inside a Slurm job, use another --launcher, or set launch.srun_mpi",
-        )
+    return srun_mpi(_srun_list())
+
+
+def srun_mpi_types() -> list[str]:
+    """What srun can start ranks by: pmix, pmix_v4, pmi2, …. Raises LaunchError if it does not
+    say."""
+    return sorted({word for word in _words(_srun_list()) if word.startswith("pmi")})
+
+
+def _srun_list() -> str:
+    return said(
+        ["srun", "--mpi=list"],
+        "start inside a Slurm job, use another --launcher, or set launch.srun_mpi",
     )
 
 
@@ -92,7 +107,7 @@ def srun_starts_mpi() -> bool:
     lack its library, which only a trial shows."""
     try:
         kind = available_srun_mpi()
-        _said(["srun", f"--mpi={kind}", "--ntasks=1", "--nodes=1", "--overlap", "true"], "")
+        said(["srun", f"--mpi={kind}", "--ntasks=1", "--nodes=1", "--overlap", "true"], "")
     except LaunchError:
         return False
     return True
@@ -123,7 +138,7 @@ def gpus(environ: Mapping[str, str], devices: Path = _GPUS) -> int:
     if shutil.which("nvidia-smi") is None:  # such as under WSL, whose driver lists none
         return 0
     try:
-        listed = _said(["nvidia-smi", "-L"], "")
+        listed = said(["nvidia-smi", "-L"], "")
     except LaunchError:  # it is there, but no driver
         return 0
     return sum(line.startswith("GPU ") for line in listed.splitlines())
@@ -143,36 +158,37 @@ def _path() -> str:
     return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
-def _program(name: str) -> str | None:
+def program(name: str) -> str | None:
+    """Where a launcher's program lies: beside this interpreter, else on PATH."""
     return shutil.which(name, path=_path())
 
 
-def _said(command: Sequence[str], remedy: str) -> str:
+def said(command: Sequence[str], remedy: str, patience: float | None = None) -> str:
     """What a command prints, found as a launcher is found: beside this interpreter, then on PATH.
 
     Raises LaunchError if it is not there, fails, or does not come back.
     """
-    program = _program(command[0])
-    if program is None:
+    found, patience = program(command[0]), patience or _PATIENCE
+    if found is None:
         raise LaunchError(f"{command[0]} is not on PATH; {remedy}")
     shown = " ".join(command)
     try:
         done = subprocess.run(
-            [program, *command[1:]],
+            [found, *command[1:]],
             env={**os.environ, "PATH": _path(), "LC_ALL": "C"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,  # Slurm's older versions list there
             text=True,
             errors="replace",
-            timeout=_PATIENCE,
+            timeout=patience,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise LaunchError(f"`{shown}` did not end within {_PATIENCE:g} s; {remedy}") from None
+        raise LaunchError(f"`{shown}` did not end within {patience:g} s; {remedy}") from None
     except OSError as error:
         raise LaunchError(f"`{shown}` does not start: {error.strerror}; {remedy}") from None
     if done.returncode:
-        said = (done.stdout.strip().splitlines() or ["no message"])[-1]
-        raise LaunchError(f"`{shown}` ended with exit code {done.returncode} ({said}); {remedy}")
+        last = (done.stdout.strip().splitlines() or ["no message"])[-1]
+        raise LaunchError(f"`{shown}` ended with exit code {done.returncode} ({last}); {remedy}")
     return done.stdout

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -55,12 +56,14 @@ def execute(
     display: Display,
     stopper: Stopper,
     hang_seconds: float | None = None,
+    limit: float | None = None,
 ) -> Ended:
     """Run a launcher to its end, showing what the ranks print.
 
     The command, and all that it prints, is added to the directory's launch.log. ``hang_seconds``:
     after so long without a sign of any rank it is ended; the ranks must have been asked to give
-    signs (`launch.assemble.hang_variable`). Raises LaunchError if the launcher is not there.
+    signs (`launch.assemble.hang_variable`). ``limit``: seconds after which it is ended in any case.
+    Raises LaunchError if the launcher is not there.
     """
     watch = None if hang_seconds is None else HangWatch(hang_seconds, spec, launcher, directory)
     killed_before = killed_for_memory()
@@ -70,7 +73,7 @@ def execute(
         beside: AbstractContextManager[None] = nullcontext()
         if watch is not None:
             beside = watch.beside(process, lambda: kill_group(process))
-        with stopper.watching(process, display), beside:
+        with stopper.watching(process, display), beside, _ended_after(limit, process):
             own_words = _pump(process, display, log, rank_tag(launcher, spec.mpi), watch)
             code = process.wait()
             if process.stdout is not None:
@@ -78,6 +81,20 @@ def execute(
             kill_group(process)  # ranks that outlived their launcher
     killed = killed_for_memory() - killed_before
     return Ended(code, own_words, watch.hang if watch else None, killed)
+
+
+@contextmanager
+def _ended_after(seconds: float | None, process: subprocess.Popen[str]) -> Iterator[None]:
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(seconds, kill_group, (process,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _start(argv: Sequence[str], spec: LaunchSpec) -> subprocess.Popen[str]:

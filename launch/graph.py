@@ -17,6 +17,7 @@ from harness.records import RunDirectory
 from harness.resume import ranks_of_late
 from harness.schedule.plan import Plan, build_plan
 from harness.schema import Config
+from harness.speedfit import settled_growth
 from harness.yamlfile import one_line, parse_yaml
 from launch.jobs import Point
 from launch.slurm import MAX_POINTS, BatchJob, Place, chain, gather, nodes_for, render
@@ -106,9 +107,10 @@ def _option_overrides(words: Sequence[str]) -> Iterator[str]:
         yield f"slurm.options.{name[2:]}={text}"
 
 
-def resolve(path: Path, overrides: Sequence[str]) -> Config:
-    """The configuration, with where the data are from any directory."""
-    config = load_config(path, overrides)
+def resolve(path: Path, overrides: Sequence[str], run: RunDirectory | None = None) -> Config:
+    """The configuration, with where the data are from any directory, and what growth by goodput is
+    decided with: that of ``run``, if it goes on."""
+    config = settled_growth(load_config(path, overrides), run)
     if config.data.root is None:
         return config
     root = str(Path(config.data.root).absolute())

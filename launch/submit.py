@@ -53,7 +53,10 @@ def submit(request: SubmitRequest) -> int:
     """
     check_request(request)
     overrides = overrides_of(request)
-    config = resolve(request.config_path, overrides)
+    going_on = (
+        RunDirectory(request.run_dir.absolute()) if request.resume and request.run_dir else None
+    )
+    config = resolve(request.config_path, overrides, going_on)
     plan = plan_of(config)
     directory = RunDirectory((request.run_dir or _default_directory(config, request)).absolute())
     if not _check_directory(directory, config, request):

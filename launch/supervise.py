@@ -52,7 +52,8 @@ from harness.records import (
 )
 from harness.resume import check_same_run, has_finished, ranks_of_late, ranks_wanted
 from harness.schedule.plan import build_plan
-from harness.schema import Config
+from harness.schema import Config, GoodputGrowth
+from harness.speedfit import settled_growth
 from harness.wording import counted, plain_name
 from launch import detect, elastic
 from launch.assemble import Job, Launcher, build_spec, choose_launcher, command_line, find_hosts
@@ -100,8 +101,9 @@ def run(request: RunRequest) -> int:
     hosts = find_hosts(request.hosts, request.hostfile)
     launcher = choose_launcher(request.launcher, config, hosts)
     check_root(config.data)
-    build_plan(config, train_size(config.data))  # refuses what it can
     directory = RunDirectory(_run_directory(request, config))
+    config = settled_growth(config, directory if request.resume else None)
+    build_plan(config, train_size(config.data))  # refuses what it can
     directory.check_usable(request.resume)
     _check_alone(directory, _DYING if request.resume else 0.0)
     if request.resume:
@@ -193,6 +195,9 @@ class Supervisor:
         kept = (self._directory.launch or self._directory.path) / "launch.yaml"
         with storing(self._directory.path):
             write_atomic(kept, dump_config(self._job.config).encode())
+        if isinstance(self._job.config.batch.growth, GoodputGrowth):
+            # What it was settled with, so that no rank fits a model of its own.
+            self._job = replace(self._job, config_path=kept, overrides=())
         while True:
             if self._stop_is_asked():
                 raise StoppedEarly(f"stopped on request before a launch; {self._how_to_go_on()}")

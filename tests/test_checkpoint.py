@@ -46,6 +46,7 @@ def rejected(directory: Path) -> tuple[int | None, list[str]]:
     return (found.update if found else None), notes
 
 
+@pytest.mark.smoke
 def test_round_trip_and_the_digest_is_that_of_sha256sum(tmp_path: Path) -> None:
     path = save(tmp_path, 1234)
     assert path.name == "update-00001234.pt"

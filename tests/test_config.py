@@ -59,6 +59,8 @@ FULL: dict[str, Any] = {
         "cutout": 4,
         "image_size": None,
         "size": None,
+        "sizes": None,
+        "options": {},
         "classes": None,
         "channels": None,
         "on_corrupt": "skip",
@@ -138,18 +140,25 @@ FULL: dict[str, Any] = {
         "keep_checkpoints": 5,
         "log_every": 1,
         "precision": "bf16",
-        "label_smoothing": 0.1,
+        "label_smoothing": 0.0,
         "channels_last": True,
         "compile": True,
         "sync_batch_norm": False,
         "layers_every": "2ep",
         "tensorboard": True,
+        "loss": "package.module:loss",
+        "loss_reduction": "none",
+        "loss_options": {},
+        "metric": "package.module:Metric",
+        "metric_options": {},
+        "trackers": ["tensorboard", "mlflow", "package.module:Tracker"],
     },
     "profile": {
         "enabled": False,
         "trace": {"updates": [100, 103], "ranks": [0, 3]},
         "timeline": True,
     },
+    "code": "/home/me/code",
     "launch": {
         "launcher": "mpirun",
         "mpi": "openmpi5",
@@ -232,6 +241,34 @@ GROWTHS: list[dict[str, Any]] = [
         "memory": "0.2ep",
     },
     {
+        "policy": "goodput",
+        "dwell": "2ep",
+        "wait": "300up",
+        "throughput": ["runs/bench", "runs/probe"],
+        "model": {
+            "per_image": 1e-3,
+            "fixed": 2e-3,
+            "jitter": 0.02,
+            "gamma": 2.0,
+            "within_latency": 1e-5,
+            "within_seconds_per_byte": 1e-11,
+            "between_latency": 1e-4,
+            "between_seconds_per_byte": 1e-9,
+            "gradient_bytes": 1e6,
+            "buckets": 3,
+            "topology": "ring",
+            "ranks_per_node": 4,
+            "measured_ranks": 8,
+            "misfit": 0.01,
+        },
+        "ranks": [2, 4],
+        "objective": "rank_hours",
+        "efficiency": 0.25,
+        "hysteresis": 0.125,
+        "limit": None,
+        "memory": "0.2ep",
+    },
+    {
         "policy": "plateau",
         "dwell": "2ep",
         "wait": "300up",
@@ -251,8 +288,8 @@ DECAYS: list[dict[str, Any]] = [
 VARIANTS = [("batch", "growth", growth) for growth in GROWTHS] + [
     ("lr", "decay", decay) for decay in DECAYS
 ]
-POLICY_NAMES = "fixed, list, geometric, linear, loss, rolling, noise, plateau"
-MEASURED = ("loss", "rolling", "noise", "plateau")
+POLICY_NAMES = "fixed, list, geometric, linear, loss, rolling, noise, goodput, plateau"
+MEASURED = ("loss", "rolling", "noise", "goodput", "plateau")
 DECAY_NAMES = "none, poly, cosine, step, exponential, multistep"
 GEOMETRIC = ["batch.growth={policy: geometric, every: 5ep}"]
 POLY = ["lr.decay={kind: poly}"]
@@ -442,6 +479,14 @@ def raw_growths(draw: st.DrawFn, initial: int, most: int, shrink: bool) -> dict[
         "noise": section(
             ratio=POSITIVE, hysteresis=st.floats(0, 1e6), limit=LIMITS, memory=PERIODS
         ),
+        "goodput": section(
+            objective=st.sampled_from(["time", "rank_hours"]),
+            efficiency=st.floats(1e-9, 1),
+            ranks=st.none() | st.sets(st.integers(1, 10**6), min_size=1, max_size=4).map(sorted),
+            hysteresis=st.floats(0, 1e6),
+            limit=LIMITS,
+            memory=PERIODS,
+        ),
         "plateau": section(
             factor=st.floats(1.001, 1e30),
             patience=st.integers(1, 2**53),
@@ -453,6 +498,8 @@ def raw_growths(draw: st.DrawFn, initial: int, most: int, shrink: bool) -> dict[
         growth["every"] = draw(PERIODS)
     if policy == "linear":
         growth["rate"] = draw(POSITIVE)
+    if policy == "goodput":
+        growth["throughput"] = draw(st.lists(WORDS, min_size=1, max_size=2))
     if policy in MEASURED:
         growth |= draw(section(dwell=PERIODS, wait=st.none() | PERIODS | st.just("0up")))
     return growth
@@ -579,6 +626,7 @@ def raw_configs(draw: st.DrawFn) -> dict[str, Any]:
             ),
         },
         "model": {"name": draw(st.sampled_from([*OWN, *TORCHVISION, "a.b:c"]))},
+        "code": "/srv/models",  # which loading would write out, from the file's place
         "batch": batch,
         "optimizer": draw(optimizer) | draw(lars | st.just({})),
         "lr": draw(raw_rates(duration)),
@@ -1051,6 +1099,22 @@ class TestAcrossKeys:
                     "may ask for any batch",
                 )
                 for policy in MEASURED
+                if policy != "goodput"  # which needs more
+            ),
+            (
+                ["batch.growth={policy: goodput}"],
+                "batch.growth.throughput is needed with batch.growth.policy = goodput: name "
+                "directories of harness bench, harness run or harness probe, or give "
+                "batch.growth.model",
+            ),
+            (
+                ["batch.growth={policy: goodput, throughput: [a], ranks: [2, 1]}"],
+                "batch.growth.ranks = [2, 1]: must be different numbers in ascending order",
+            ),
+            (
+                ["batch.growth={policy: goodput, throughput: [a]}"],
+                "batch.max is needed with batch.growth.policy = goodput: what is measured may ask "
+                "for any batch",
             ),
             (
                 ["batch.growth={policy: noise}", "batch.max=256", "batch.micro=64"],

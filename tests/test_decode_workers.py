@@ -34,8 +34,8 @@ from harness.data.decode import Job, Place, crop_draws, decode, random_box
 from harness.data.encoded import EncodedSplit
 from harness.data.workers import Workers
 from harness.errors import DataError
-from harness.models.torchvision_ops import import_tolerantly
 from harness.schema import Data
+from harness.torchvision_ops import import_tolerantly
 
 SIDE, IMAGES = 32, 23
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)

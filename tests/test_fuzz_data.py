@@ -160,7 +160,7 @@ def test_commands_on_damaged_files(
     root = copies(kind)
     path = data.draw(st.sampled_from(files(root)))
     path.write_bytes(data.draw(damaged(path.read_bytes())))
-    assert command("doctor", "--data", root).code == 0
+    assert command("doctor", "--quick", "--data", root).code == 0
     command("plan", DEMO, f"data.dataset={kind}", f"data.root={root}")
 
 
@@ -230,7 +230,7 @@ def test_what_is_no_file(kind: str, what: str, copies: Callable[[str], Path]) ->
         path.mkdir()
     else:
         path.symlink_to("/dev/zero" if what == "endless" else path)
-    assert command("doctor", "--data", root).code == 0
+    assert command("doctor", "--quick", "--data", root).code == 0
     command("plan", DEMO, f"data.dataset={kind}", f"data.root={root}")
     take_all(kind, root)
 

@@ -22,7 +22,7 @@ from torch.nn import functional
 from harness.errors import ConfigError
 from harness.model_table import ELSEWHERE, OWN, TORCHVISION, check_model, options_of
 from harness.models import MODELS, build_model
-from harness.models.torchvision_ops import import_tolerantly
+from harness.torchvision_ops import import_tolerantly
 
 Shape = tuple[int, int, int]
 MNIST = (1, 28, 28)

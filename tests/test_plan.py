@@ -71,7 +71,7 @@ DURATIONS = st.one_of(
 
 
 SCHEDULED = ("fixed", "geometric", "linear", "list", "list")
-MEASURED = ("loss", "rolling", "noise", "plateau")
+MEASURED = ("loss", "rolling", "noise", "goodput", "plateau")
 
 
 @st.composite
@@ -129,7 +129,7 @@ def rates(draw: st.DrawFn, duration: str) -> dict[str, Any]:
 def configs(draw: st.DrawFn, policies: Sequence[str] = SCHEDULED) -> Config:
     multiple = draw(st.sampled_from([1, 1, 8, 12]))
     policy = draw(st.sampled_from(policies))
-    least = 2 if policy == "noise" and multiple == 1 else 1
+    least = 2 if policy in ("noise", "goodput") and multiple == 1 else 1
     initial = multiple * draw(st.integers(least, max(2, 150 // multiple)))
     room, shrink = draw(st.integers(0, 500 // multiple)), draw(st.booleans())
     most = initial + multiple * room
@@ -180,6 +180,9 @@ def measured(policy: str) -> st.SearchStrategy[dict[str, Any]]:
         settings |= {"patience": st.integers(1, 2), "factor": st.sampled_from([1.1, 2.0, 5.0])}
     else:
         settings |= {"memory": st.just("1sa"), "limit": st.sampled_from([None, 1.1, 2.0, 5.0])}
+    if policy == "goodput":
+        times = {"per_image": 1e-3, "fixed": 1e-3, "within_latency": 1e-4}
+        settings |= {"model": st.just(times), "ranks": st.sampled_from([[1], [1, 2, 4]])}
     return st.fixed_dictionaries({"policy": st.just(policy), **settings})
 
 
@@ -409,6 +412,7 @@ def test_ninety_epochs_cost_no_more_than_their_stages(
     assert len(stages) <= most
 
 
+@pytest.mark.smoke
 def test_a_recipe_s_stages_on_imagenet() -> None:
     """⌈1281167 / batch⌉ = 5005, 2503, 1252 and 626 updates in an epoch."""
     batch = {"initial": 256, "growth": LISTED}
@@ -526,6 +530,7 @@ def as_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
     return found
 
 
+@pytest.mark.smoke
 def test_json_holds_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
     plan = as_json(capsys, "--json")
     assert set(plan) == {"stages", "segments", "totals"}
@@ -583,6 +588,7 @@ def rows(text: str) -> list[str]:
     return [line for line in lines if " × " in line and line.split()[0].isdigit()]
 
 
+@pytest.mark.smoke
 def test_the_table_to_the_letter() -> None:
     made = load_config(DEMO, ["batch.micro=30"])
     assert printed(made, build_plan(made, 1437)) == TABLE
@@ -763,6 +769,7 @@ def test_a_list_is_no_configuration(capsys: pytest.CaptureFixture[str], tmp_path
     assert "is a mapping of keys, but found a list" in capsys.readouterr().err
 
 
+@pytest.mark.smoke
 def test_a_closed_standard_output_is_no_error() -> None:
     command = shlex.join([sys.executable, "-m", "harness", "plan", str(DEMO)])
     done = subprocess.run(

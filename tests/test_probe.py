@@ -252,6 +252,7 @@ def printed(timings: list[Timing], width: int) -> str:
     return text.getvalue()
 
 
+@pytest.mark.smoke
 def test_the_table_has_quartiles_where_there_is_room() -> None:
     wide, narrow = printed(TIMINGS, 120), printed(TIMINGS, 60)
     assert "3.15 (2.10-4.19) ms" in wide
@@ -353,6 +354,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> FakeRanks:
     return FakeRanks(monkeypatch)
 
 
+@pytest.mark.smoke
 def test_each_slot_gets_a_rank_by_default(ranks: FakeRanks) -> None:
     assert launching.probe(ProbeRequest(hosts="localhost:3")) == 0
     assert ranks.spec is not None

@@ -164,6 +164,7 @@ def test_updates_at_a_batch_are_those_of_a_loop(batch: int, samples: int, size: 
     assert updates_at_batch(batch, samples, None, "short") is None
 
 
+@pytest.mark.smoke
 def test_every_number_equals_an_independent_computation(tmp_path: Path) -> None:
     run = Simulation().run()
     index = build_report([run.write(tmp_path / "run")])
@@ -328,6 +329,7 @@ def test_csv_files_hold_the_records_exactly(tmp_path: Path) -> None:
     assert [row["reason"] for row in stages] == [s["reason"] for s in summary]
 
 
+@pytest.mark.smoke
 def test_two_builds_give_equal_bytes(run_dir: Path, tmp_path: Path) -> None:
     first, second = (build_report([run_dir], tmp_path / name).parent for name in "ab")
     names = {path.name for path in first.iterdir()}

@@ -17,7 +17,6 @@ from harness.scaling.answer import Topic, answer, duration, number, percent
 from harness.scaling.goodput import (
     MeasuredNoise,
     NoiseAt,
-    choices,
     goodputs,
     recommended_growth,
     speeds_of,
@@ -27,6 +26,7 @@ from harness.scaling.points import Mode, Point
 from harness.scaling.priors import KnownLink
 from harness.scaling.steptime import Decomposition, Link, StepTime, Wire
 from harness.scaling.study import Study, study
+from harness.schedule.choices import choices
 
 WIRE = Wire(40e6, 4e6)
 TRUTH = StepTime(2e-3, 2e-3, 0.02, 2.0, Link(5e-6, 1e-11), Link(1e-4, 1e-9), WIRE)

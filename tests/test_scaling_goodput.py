@@ -17,24 +17,22 @@ from hypothesis import strategies as st
 from harness.errors import UsageError
 from harness.scaling.fit import fit_step_time
 from harness.scaling.goodput import (
-    Choice,
     MeasuredNoise,
     NoiseAt,
     Seen,
     Speed,
     best,
-    choices,
     goodputs,
     measured_speeds,
     noise_over_run,
     recommended_growth,
     samples_to_target,
     speeds_of,
-    statistical_efficiency,
     updates_to_target,
 )
 from harness.scaling.points import Point
 from harness.scaling.steptime import Wire
+from harness.schedule.choices import Choice, choices, statistical_efficiency
 from harness.schedule.costs import read_throughput
 
 amounts = st.floats(1, 1e6)

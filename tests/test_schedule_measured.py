@@ -437,7 +437,11 @@ def test_a_policy_of_one_s_own_is_followed() -> None:
         def revise(self, clock: Clock, batch: int, loss: float | None) -> int:
             return self.asked(clock)
 
-        def settle(self, asked: int) -> None: ...
+        @property
+        def ranks(self) -> int | None:
+            return None
+
+        def settle(self, asked: int, ranks: int | None = None) -> None: ...
 
         def fastest(self, grow: Callable[[int], int], cap: int) -> Fixed:
             return Fixed(cap)

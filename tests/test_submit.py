@@ -56,6 +56,7 @@ def config_of(run: str = "r") -> Config:
 # What is submitted
 
 
+@pytest.mark.smoke
 def test_a_chain_is_submitted_job_after_job(slurm: FakeSlurm) -> None:
     jobs = submitted("batch.micro=16", CHAIN, "--partition=debug", "--time", "30")
     own = Path("r/slurm").absolute()
@@ -104,6 +105,7 @@ def test_ranks_from_start_to_end_are_one_job(slurm: FakeSlurm) -> None:
     assert (config_of().ranks.start, config_of().ranks.max) == (2, 2)
 
 
+@pytest.mark.smoke
 def test_a_dry_run_writes_scripts_and_commands_that_a_shell_takes(
     slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from harness.data.augment import Augmentation
-from harness.dataset_table import DATASETS
+from harness.dataset_table import dataset_of
 from harness.phases import copying
 from harness.schema import Data
 
@@ -168,7 +168,7 @@ class ImageData:
 def load(data: Data) -> ImageData:
     """Load what a configuration names; raises DataError for files that do not fit."""
     # Imported only here, so that scikit-learn need not be there for MNIST.
-    loader: Callable[[Data], ImageData] = import_module(DATASETS[data.dataset].module).load
+    loader: Callable[[Data], ImageData] = import_module(dataset_of(data.dataset).module).load
     return loader(data)
 
 

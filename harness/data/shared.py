@@ -27,7 +27,7 @@ from harness.comm.base import Communicator, allgather_bytes, broadcast_bytes
 from harness.comm.together import together
 from harness.comm.topology import Topology
 from harness.data.datasets import ImageData, load
-from harness.dataset_table import DATASETS
+from harness.dataset_table import dataset_of
 from harness.errors import DataError
 from harness.schema import Data
 
@@ -50,7 +50,7 @@ def load_shared(data: Data, comm: Communicator) -> ImageData:
 
     Raises AllLeave if that fails on some rank, or hosts have different data.
     """
-    kind = DATASETS[data.dataset].kind
+    kind = dataset_of(data.dataset).kind
     if comm.size == 1 or kind == "generated" or not (data.share and hasattr(os, "memfd_create")):
         return together(comm, lambda: load(data))
     topology = comm.topology

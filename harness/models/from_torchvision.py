@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from harness.errors import ConfigError
-from harness.models.torchvision_ops import import_tolerantly
+from harness.torchvision_ops import import_tolerantly
 
 _RGB = 3
 

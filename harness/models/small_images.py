@@ -12,7 +12,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from harness.models.torchvision_ops import import_tolerantly
+from harness.torchvision_ops import import_tolerantly
 
 SIDE = 64
 """Images without a longer side are small."""

@@ -23,16 +23,11 @@ from harness.errors import UsageError
 from harness.scaling.fit import Fit
 from harness.scaling.interval import Array, Interval, check_confidence, factors, of_draws
 from harness.scaling.steptime import Decomposition
-from harness.schedule.costs import Throughput, nodes_of
+from harness.schedule.choices import Choice, statistical_efficiency
+from harness.schedule.costs import Throughput
 
 _NORMAL = 1.959964
 """Standard deviations of a 95 % interval."""
-
-
-def statistical_efficiency(batch: float, noise_scale: float, reference: float) -> float:
-    """Progress per sample with a batch, over that with the reference batch:
-    (φ + reference) / (φ + batch). All in samples; 1 at the reference."""
-    return (noise_scale + reference) / (noise_scale + batch)
 
 
 def samples_to_target(
@@ -77,57 +72,6 @@ class MeasuredNoise:
             return np.full(count, self.value)
         spread = np.log(self.high / self.low) / (2 * _NORMAL)
         return np.asarray(self.value * np.exp(spread * rng.standard_normal(count)))
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Ranks and accumulation that could be run."""
-
-    ranks: int
-    nodes: int
-    accumulation: int
-    micro_batch: int
-
-    @property
-    def batch(self) -> int:
-        """Samples of an update."""
-        return self.ranks * self.accumulation * self.micro_batch
-
-
-def choices(
-    ranks: Sequence[int],
-    micro_batch: int,
-    *,
-    most_accumulation: int = 1,
-    largest_batch: int | None = None,
-    ranks_per_node: int | None = None,
-) -> tuple[Choice, ...]:
-    """Every combination of these ranks with accumulations of 1, 2, 3, … , by rising ranks.
-
-    Past 16 accumulations only the powers of 2 and those halfway between are taken: a batch that is
-    a few percent larger is no choice of its own. Raises UsageError if there is none.
-    """
-    if micro_batch < 1 or any(count < 1 for count in ranks) or most_accumulation < 1:
-        raise UsageError("ranks, micro-batch and accumulation are whole numbers from 1 on")
-    steps = [
-        step
-        for step in range(1, min(most_accumulation, 1 << 16) + 1)
-        if step <= 16
-        or step & (step - 1) == 0
-        or (step % 3 == 0 and (s := step // 3) & (s - 1) == 0)
-    ]
-    found = tuple(
-        Choice(count, nodes_of(count, ranks_per_node), step, micro_batch)
-        for count in sorted(set(ranks))
-        for step in steps
-        if largest_batch is None or count * step * micro_batch <= largest_batch
-    )
-    if not found:
-        raise UsageError(
-            f"no choice of ranks: {min(ranks, default=0)} ranks with micro-batches of "
-            f"{micro_batch} already take more than the largest batch, {largest_batch}"
-        )
-    return found
 
 
 @dataclass(frozen=True)

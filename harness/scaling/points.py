@@ -11,7 +11,8 @@ from typing import Literal
 
 from harness.errors import UsageError
 from harness.scaling.interval import Interval, LogMean, check_confidence
-from harness.schedule.costs import Throughput, nodes_of
+from harness.schedule.choices import nodes_of
+from harness.schedule.costs import Throughput
 
 Mode = Literal["weak", "strong"]
 """weak: each rank has the same images in an update whatever the ranks; strong: all together do."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from harness.errors import ConfigError
 from harness.schedule import measured
+from harness.schedule.choices import UpdateTime
+from harness.schedule.goodput import Goodput, Options
 from harness.schedule.growth import Fixed, Geometric, GrowthPolicy, Linear, Listed, StageScheduler
 from harness.schedule.rates import (
     POWERS,
@@ -27,6 +30,7 @@ from harness.schema import (
     ExponentialDecay,
     FixedGrowth,
     GeometricGrowth,
+    GoodputGrowth,
     LearningRate,
     LinearGrowth,
     ListGrowth,
@@ -51,6 +55,8 @@ def growth_policy(batch: Batch) -> GrowthPolicy:
         return Geometric(initial, growth.factor, growth.every)
     if isinstance(growth, LinearGrowth):
         return Linear(initial, growth.rate, growth.every)
+    if isinstance(growth, GoodputGrowth):
+        return _goodput(batch, growth)
     settings = {name: getattr(growth, name) for name in type(growth).model_fields}
     del settings["policy"]
     if isinstance(growth, LossGrowth):
@@ -60,6 +66,28 @@ def growth_policy(batch: Batch) -> GrowthPolicy:
     if isinstance(growth, NoiseGrowth):
         return measured.Noise(initial, **settings)
     return measured.Plateau(initial, **settings)
+
+
+_NOT_OF_SPEED = {"measured_ranks", "misfit"}
+
+
+def _goodput(batch: Batch, growth: GoodputGrowth) -> Goodput:
+    if growth.model is None or growth.ranks is None:
+        raise ConfigError(
+            "batch.growth.model, batch.growth.ranks: to be settled before the run is planned "
+            "(harness.speedfit.settled_growth)"
+        )
+    options = Options(
+        batch.initial,
+        batch.micro_batch,
+        UpdateTime(**growth.model.model_dump(exclude=_NOT_OF_SPEED)),
+        growth.ranks,
+        batch.max or batch.initial,
+        batch.multiple_of,
+    )
+    names = ("objective", "efficiency", "hysteresis", "limit", "memory", "dwell", "wait")
+    settings = {name: getattr(growth, name) for name in names}
+    return Goodput(batch.initial, options, shrink=batch.shrink, **settings)
 
 
 def stage_scheduler(batch: Batch, agree: Callable[[int], int] | None = None) -> StageScheduler:

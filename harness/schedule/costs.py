@@ -20,9 +20,10 @@ from harness.benchfile import NAME, read_bench
 from harness.config import load_config
 from harness.errors import DataError, HarnessError
 from harness.records import open_regular, read_lines
+from harness.schedule.choices import nodes_of
 from harness.schedule.clock import Clock, updates_by_size
 from harness.schedule.plan import Plan, Stage, build_plan, decompose, ranks_for, run_end
-from harness.schema import Config
+from harness.schema import Config, GoodputGrowth
 
 Basis = Literal["measured", "fitted", "scaled"]
 """How a time was found: ``measured`` with this very decomposition; ``fitted`` to others of the same
@@ -138,11 +139,6 @@ def nodes(config: Config, ranks: int) -> int:
     return nodes_of(ranks, config.ranks.per_node)
 
 
-def nodes_of(ranks: int, per_node: int | None) -> int:
-    """Nodes that so many ranks take; None: one node holds them all."""
-    return -(-ranks // (per_node or ranks))
-
-
 def _sum(values: Iterable[float | None]) -> float | None:
     found = list(values)
     known = [value for value in found if value is not None]
@@ -202,6 +198,8 @@ def always_even(config: Config, plan: Plan) -> bool:
     batch, ranks = config.batch, _given_ranks(config, plan)
     if plan.fastest is None or len(plan.fastest.stages) == 1 or batch.max is None:
         return True
+    if isinstance(batch.growth, GoodputGrowth):
+        return True  # what it chooses is ranks × accumulation
     possible = range(batch.initial, batch.max + 1, batch.multiple_of)
     return len(possible) <= _MOST_BATCHES and all(
         size % (batch.micro_batch * (ranks or ranks_for(size, batch, config.ranks))) == 0

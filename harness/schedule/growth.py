@@ -88,7 +88,11 @@ class MeasuredPolicy(GrowthPolicy, Protocol):
         """Take the decision that is due: the batch to ask for from now on. ``batch`` is the one in
         force, ``loss`` what ``wants`` asked for."""
 
-    def settle(self, asked: int) -> None:
+    @property
+    def ranks(self) -> int | None:
+        """Ranks that it wants; None if they are to follow the batch."""
+
+    def settle(self, asked: int, ranks: int | None = None) -> None:
         """Ask for this from now on: rank 0's decision, which all ranks follow."""
 
     def fastest(self, grow: Callable[[int], int], cap: int) -> GrowthPolicy:
@@ -232,6 +236,8 @@ class BatchDecision:
     growths: int
     """How often the batch has grown, less how often it has shrunk."""
     reason: str
+    ranks: int | None = None
+    """Ranks that the policy wants; None: they follow the batch."""
 
     @property
     def cap_factor(self) -> float:
@@ -298,7 +304,8 @@ class StageScheduler:
         """
         if self.measured is not None and self.measured.due(clock):
             asked = self.measured.revise(clock, self._batch or self.policy.initial, loss)
-            self.measured.settle(self.agree(asked))
+            ranks = self.measured.ranks
+            self.measured.settle(self.agree(asked), None if ranks is None else self.agree(ranks))
         asked = self.policy.asked(clock)
         batch = min(self._rounded(asked), self._cap)
         if not self._shrink:
@@ -314,6 +321,7 @@ class StageScheduler:
             asked=max(asked, batch),
             growths=self._growths,
             reason=self.policy.reason(clock) + self._remark(asked, batch),
+            ranks=None if self.measured is None else self.measured.ranks,
         )
 
     def observe(self, clock: Clock, seen: Observation) -> None:

@@ -101,7 +101,7 @@ class Smoothed:
         self._sum, self._weight = map(float, state)
 
 
-class _Decider:
+class Decider:
     """What the policies share: when they decide, and what they ask for in between."""
 
     needs_noise = False
@@ -119,6 +119,10 @@ class _Decider:
     @property
     def name(self) -> str:
         return type(self).__name__.lower()
+
+    @property
+    def ranks(self) -> int | None:
+        return None
 
     def asked(self, clock: Clock) -> int:
         return self._asked
@@ -160,7 +164,7 @@ class _Decider:
     def _most(batch: int, limit: float) -> int:
         return ceil(batch * Fraction(str(limit)))
 
-    def settle(self, asked: int) -> None:
+    def settle(self, asked: int, ranks: int | None = None) -> None:
         self._asked = asked
 
     def _waiting(self, clock: Clock) -> bool:
@@ -223,7 +227,7 @@ class _Decider:
                 setattr(self, f"_{key}", list(saved) if isinstance(saved, list) else saved)
 
 
-class Loss(_Decider):
+class Loss(Decider):
     """⌈B0 · (F(w0) − F*) / (F(w) − F*)⌉: AdaDamp (Sievert and Charles, Algorithm 1).
 
     ``optimum`` is F*, if it is known; 0 is a bound below any cross-entropy; ``estimate``
@@ -304,7 +308,7 @@ class Loss(_Decider):
         return self._estimate
 
 
-class Rolling(_Decider):
+class Rolling(Decider):
     """⌈B0 · q0 / q⌉, q the rolling mean of ‖g‖² + loss_weight · loss: RadaDamp (Sievert 2020).
 
     q0 is the mean over ``wait``, as the published code has it, to be spared single large gradients.
@@ -348,30 +352,25 @@ class Rolling(_Decider):
         return asked, f"rolling: {self.initial} × {first:.4g} / {now:.4g}"
 
 
-class Noise(_Decider):
-    """⌈ratio · tr(Σ) / ‖G‖²⌉, the gradient noise scale (McCandlish et al. 2018, equation 2.9).
+class FromNoise(Decider):
+    """What the policies share that follow the gradient noise scale tr(Σ) / ‖G‖².
 
     tr(Σ) and ‖G‖² are smoothed apart from each other and then divided, as the quotient of single
-    estimates is biased (appendix A.1 there).
+    estimates is biased (McCandlish et al. 2018, appendix A.1).
     """
 
     needs_noise = True
-    _SAVED = ("trace", "norm2")
+    _SAVED: tuple[str, ...] = ("trace", "norm2")
 
     def __init__(
         self,
         initial: int,
-        ratio: float = 1.0,
-        hysteresis: float = 0.25,
-        limit: float | None = 2.0,
-        memory: Duration = _HALF,
-        dwell: Duration = _EPOCH,
-        wait: Duration | None = None,
+        memory: Duration,
+        dwell: Duration,
+        wait: Duration | None,
+        limit: float | None,
     ) -> None:
-        """``hysteresis``: the batch stays unless the wanted one differs by more than this share of
-        it; ``limit``: largest growth, or shrinking, of one decision as a factor."""
         super().__init__(initial, dwell, wait, limit)
-        self.ratio, self.hysteresis = ratio, hysteresis
         self._trace, self._norm2 = Smoothed(memory), Smoothed(memory)
 
     def observe(self, clock: Clock, seen: Observation) -> None:
@@ -387,6 +386,25 @@ class Noise(_Decider):
             return None
         return max(0.0, trace) / norm2
 
+
+class Noise(FromNoise):
+    """⌈ratio · tr(Σ) / ‖G‖²⌉, the gradient noise scale (McCandlish et al. 2018, equation 2.9)."""
+
+    def __init__(
+        self,
+        initial: int,
+        ratio: float = 1.0,
+        hysteresis: float = 0.25,
+        limit: float | None = 2.0,
+        memory: Duration = _HALF,
+        dwell: Duration = _EPOCH,
+        wait: Duration | None = None,
+    ) -> None:
+        """``hysteresis``: the batch stays unless the wanted one differs by more than this share of
+        it; ``limit``: largest growth, or shrinking, of one decision as a factor."""
+        super().__init__(initial, memory, dwell, wait, limit)
+        self.ratio, self.hysteresis = ratio, hysteresis
+
     def _wanted(self, clock: Clock, batch: int, loss: float | None) -> tuple[int, str] | None:
         scale = self.scale
         if scale is None:
@@ -400,7 +418,7 @@ class Noise(_Decider):
         return ceil(wanted), why
 
 
-class Plateau(_Decider):
+class Plateau(Decider):
     """× factor once the mean loss between decisions has not improved ``patience`` times in a row.
 
     AdaBatch's published code has the rule beside its fixed schedule (Devarakonda et al. 2017).

@@ -12,9 +12,10 @@ from typing import Any
 
 from harness.errors import ConfigError
 from harness.schedule.clock import Clock, Limit, advance, step, update_size, updates_until
-from harness.schedule.configured import rate_schedule, stage_scheduler
+from harness.schedule.configured import growth_policy, rate_schedule, stage_scheduler
+from harness.schedule.goodput import Goodput
 from harness.schedule.growth import StageScheduler
-from harness.schema import Batch, Config, Ranks
+from harness.schema import Batch, Config, GoodputGrowth, Ranks
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,23 @@ def decompose(global_batch: int, micro_batch: int, ranks: int) -> Decomposition:
 
 def ranks_for(global_batch: int, batch: Batch, ranks: Ranks) -> int:
     """Ranks that a global batch should run on: as many as keep each rank's share of the initial
-    batch with ``prefer: ranks``, the initial number with ``prefer: accumulation``."""
+    batch with ``prefer: ranks``, the initial number with ``prefer: accumulation``; with growth by
+    goodput the fastest for it, once it has grown."""
+    if isinstance(batch.growth, GoodputGrowth):
+        return _fastest_ranks(global_batch, batch, ranks)
     if ranks.prefer == "accumulation":
         return ranks.start
     pieces = -(-global_batch // batch.micro_batch)
     initial = -(-batch.initial // batch.micro_batch)
     return min(ranks.ceiling, max(ranks.start, ranks.start * pieces // initial))
+
+
+def _fastest_ranks(global_batch: int, batch: Batch, ranks: Ranks) -> int:
+    policy = growth_policy(batch)
+    if not isinstance(policy, Goodput) or global_batch == batch.initial:
+        return ranks.start
+    wanted = policy.options.fastest(global_batch).ranks
+    return min(ranks.ceiling, max(ranks.start, wanted))
 
 
 @dataclass(frozen=True)

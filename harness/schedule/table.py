@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from harness.schedule.configured import growth_policy
 from harness.schedule.costs import (
     Basis,
     Cost,
@@ -22,8 +23,9 @@ from harness.schedule.costs import (
     nodes,
     total_cost,
 )
+from harness.schedule.goodput import Goodput
 from harness.schedule.plan import Plan, Stage
-from harness.schema import Config, Paper, Printed
+from harness.schema import Config, GoodputGrowth, Paper, Printed
 from harness.wording import counted
 
 _WIDE = 200  # columns where no terminal sets them
@@ -44,6 +46,8 @@ def print_plan(
         _say(target, _recipe(config.paper))
     if plan.fastest is not None:
         _say(target, _bounds(config, plan, plan.fastest))
+    for sentence in _goodput_sentences(config):
+        _say(target, sentence)
     if plan.fastest is None or len(plan.fastest.stages) == 1:
         _print_stages(target, title, config, plan, costs)
     else:
@@ -325,6 +329,48 @@ def _bounds(config: Config, plan: Plan, fastest: Plan) -> str:
         f"where it grows as fast as it may. The first growth may come at epoch "
         f"{_short(first.end_epoch)}, after {counted(first.updates, 'update')}."
     )
+
+
+def _goodput_sentences(config: Config) -> Iterator[str]:
+    """What growth by goodput would choose at which noise scale, before one is known."""
+    policy, growth = growth_policy(config.batch), config.batch.growth
+    if not isinstance(policy, Goodput) or not isinstance(growth, GoodputGrowth):
+        return
+    options, start = policy.options, config.ranks.start
+    seen: dict[tuple[int, int], str] = {}
+    for scale in (policy.initial * 2.0**power for power in range(-2, 21)):
+        one = options.best(scale, policy.objective, policy.efficiency)
+        if one is not None and (one.batch, one.ranks) not in seen:
+            seen[one.batch, one.ranks] = (
+                f"{one.batch:,} = {one.ranks} × {one.accumulation} × {options.micro} from "
+                f"{scale:,.4g}"
+            )
+    yield (
+        f"By throughput × statistical efficiency ({_OBJECTIVES[growth.objective]}) the choice "
+        f"would be, by the noise scale in samples: {_some(list(seen.values()))}."
+    )
+    model, most = growth.model, max(one.ranks for one in options.all)
+    if model is not None and model.measured_ranks is not None and model.measured_ranks < most:
+        yield (
+            f"Speed is measured on up to {counted(model.measured_ranks, 'rank')}; what it says of "
+            f"up to {most:,} is the model's word."
+        )
+    first = options.fastest(policy.initial)
+    if first.ranks != start and first.ranks <= config.ranks.ceiling:
+        gain = first.images_per_sec / options.option(start, policy.initial).images_per_sec
+        yield (
+            f"A batch of {policy.initial:,} would be {gain:.2f} times as fast on "
+            f"{counted(first.ranks, 'rank')} as on {start}: ranks.start={first.ranks}."
+        )
+
+
+_OBJECTIVES = {"time": "the least time", "rank_hours": "bounded rank-hours"}
+
+
+def _some(told: list[str]) -> str:
+    if len(told) <= 8:
+        return ", ".join(told)
+    return ", ".join([*told[:4], "…", *told[-3:]])
 
 
 def _sentences(config: Config, plan: Plan, costs: PlanCost | None) -> Iterator[str]:

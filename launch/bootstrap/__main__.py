@@ -14,7 +14,7 @@ import errno
 from pathlib import Path
 
 from .console import BootstrapError, Console
-from .environment import ROOT, checked_extras
+from .environment import CONSTRAINTS, ROOT, checked_extras
 from .steps import Setup, horovod_only
 
 
@@ -25,6 +25,9 @@ def parser() -> argparse.ArgumentParser:
     only = result.add_mutually_exclusive_group()
     only.add_argument(
         "--horovod-only", action="store_true", help="Horovod into the active environment"
+    )
+    only.add_argument(
+        "--constraints", action="store_true", help="where the pinned versions are, for pip's -c"
     )
     only.add_argument(
         "--print-key", action="store_true", help="what the wheel depends on, and its key"
@@ -42,13 +45,13 @@ def print_key(setup: Setup) -> None:
 def main() -> int:
     options = parser().parse_args()
     try:
-        setup = Setup(options.venv.absolute(), checked_extras(options.extras), Console())
-        if options.print_key:
-            print_key(setup)
+        if options.constraints:
+            print(CONSTRAINTS)
         elif options.horovod_only:
             horovod_only(Console())
         else:
-            setup.run()
+            setup = Setup(options.venv.absolute(), checked_extras(options.extras), Console())
+            print_key(setup) if options.print_key else setup.run()
     except BootstrapError as error:
         print(f"Set-up failed: {error}", file=sys.stderr)
     except KeyboardInterrupt:

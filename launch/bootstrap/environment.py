@@ -98,6 +98,12 @@ def libc() -> str:
 
 
 def checked_extras(names: str) -> tuple[str, ...]:
+    """Extras of pyproject.toml, which only a checkout has."""
+    if not (ROOT / "pyproject.toml").is_file():
+        raise BootstrapError(
+            f"{ROOT} is no checkout, from which alone the whole set-up can be made; with torch "
+            "installed, --horovod-only adds Horovod to the environment of this Python"
+        )
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = tuple(sorted({name.strip() for name in names.split(",") if name.strip()}))
     valid = sorted(project["optional-dependencies"])
