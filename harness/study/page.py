@@ -59,20 +59,23 @@ _VERDICT = re.compile(r"\*\*[0-9]+\. .*: (holds|does not hold|undecided|measured
 
 
 def write_index(directory: Path) -> None:
-    """index.md: each study's page in a directory, and what its claims came to."""
+    """index.md: each page in a directory, and what its claims came to, if it has such."""
     rows = []
     for page in sorted(directory.glob("*.md")):
         lines = read_text(page).splitlines()
         title = _TITLE.fullmatch(lines[0]) if lines else None
         verdicts = [found[1] for line in lines if (found := _VERDICT.fullmatch(line))]
-        if title is None or not verdicts or page.name == INDEX:
+        if title is None or page.name == INDEX:
             continue
         kinds = ("holds", "in part", "does not hold", "undecided")
         counts = [str(verdicts.count(kind) or "–") for kind in kinds]
         rows.append(f"| [{page.stem}]({page.name}) | {title[1]} | {' | '.join(counts)} |")
     head = "| Study | About | Holds | In part | Does not hold | Undecided |"
     text = "\n".join([head, "| --- | --- | --- | --- | --- | --- |", *rows])
-    intro = "Claims of papers, and what came of them here; `harness study` writes these pages."
+    intro = (
+        "Claims, and what came of them here. The pages with claims are written by `harness study`, "
+        "each by the command that it names."
+    )
     content = f"# Studies\n\n{intro}\n\n{text}\n"
     write_atomic(directory / INDEX, content.encode())
 
