@@ -32,7 +32,7 @@ from harness.study.runs import Measured, box_cox, measure, power_law, state
 from harness.study.schema import StudyFile, Target
 from harness.study.verdicts import Judge, critical_batch, judge, summed
 from harness.yamlfile import dump_yaml
-from launch.study import Runner, chosen_values
+from launch.study import Runner, chosen_values, collect
 
 BASE = ROOT / "configs" / "studies" / "_base.yaml"
 NUMBERS = st.floats(-1e6, 1e6)
@@ -122,6 +122,13 @@ class TestCells:
         assert renamed.directory(tmp_path).path == before.directory(tmp_path).path
         changed = study_of(tmp_path, set={"train.duration": "2ep"}).final_cells({})[0]
         assert changed.directory(tmp_path).path != before.directory(tmp_path).path
+
+    def test_keep_their_directory_when_the_schema_gets_a_key(self, tmp_path: Path) -> None:
+        """What a key's default says, said or not, is the same run."""
+        (first, *_) = study_of(tmp_path).final_cells({})
+        spelt = {"train.duration": "1ep", "batch.initial": 256, "batch.micro": 64}
+        (same, *_) = study_of(tmp_path, set={**spelt, "optimizer.nesterov": False}).final_cells({})
+        assert same.digest == first.digest
 
     def test_the_data_set_may_stand_for_its_size(self, tmp_path: Path) -> None:
         axes = {"batch.initial": ["dataset-size/4", "dataset-size"]}
@@ -579,6 +586,10 @@ def test_the_fewest_runs_of_a_quick_study_end_to_end(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     page = (results / "adabatch.md").read_text("utf-8")
+    index = (results / "index.md").read_text("utf-8").splitlines()[-1]
+    verdicts = collect(load_study(path, True), tmp_path / "out" / "cells").judge().all()
+    told = [int(cell) if cell.strip().isdigit() else 0 for cell in index.split("|")[3:7]]
+    assert sum(told) == len(verdicts)
     assert "## Findings" in page
     assert "harness study configs/studies/adabatch.yaml --quick --results docs/studies" in page
     with (results / "adabatch.csv").open(encoding="utf-8", newline="") as file:

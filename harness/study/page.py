@@ -55,7 +55,9 @@ def write(results: Results, directory: Path) -> list[Path]:
 
 INDEX = "index.md"
 _TITLE = re.compile(r"# (.+)")
-_VERDICT = re.compile(r"\*\*[0-9]+\. .*: (holds|does not hold|undecided|measured|in part)\b.*\*\*")
+_VERDICT = re.compile(
+    r"\*\*[0-9]+\. .*: (?:(holds|does not hold|undecided|measured)|(in part): [^:]*)\.\*\*"
+)
 
 
 def write_index(directory: Path) -> None:
@@ -64,7 +66,8 @@ def write_index(directory: Path) -> None:
     for page in sorted(directory.glob("*.md")):
         lines = read_text(page).splitlines()
         title = _TITLE.fullmatch(lines[0]) if lines else None
-        verdicts = [found[1] for line in lines if (found := _VERDICT.fullmatch(line))]
+        found = [one for line in lines if (one := _VERDICT.fullmatch(line))]
+        verdicts = [one[1] or one[2] for one in found]
         if title is None or page.name == INDEX:
             continue
         kinds = ("holds", "in part", "does not hold", "undecided")
