@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakeslurm import fake_slurm
 from fuzzing import command, fuzz, hostile
 from hypothesis import given
 from hypothesis import strategies as st
 from support import ROOT, STUDIES
 
+from harness.config import load_config
 from harness.errors import ConfigError
 from harness.records import RunDirectory
 from harness.scaling.interval import Interval
@@ -30,7 +32,7 @@ from harness.study.runs import Measured, box_cox, measure, power_law, state
 from harness.study.schema import StudyFile, Target
 from harness.study.verdicts import Judge, critical_batch, judge, summed
 from harness.yamlfile import dump_yaml
-from launch.study import Runner, chosen_values
+from launch.study import Runner, chosen_values, collect
 
 BASE = ROOT / "configs" / "studies" / "_base.yaml"
 NUMBERS = st.floats(-1e6, 1e6)
@@ -120,6 +122,13 @@ class TestCells:
         assert renamed.directory(tmp_path).path == before.directory(tmp_path).path
         changed = study_of(tmp_path, set={"train.duration": "2ep"}).final_cells({})[0]
         assert changed.directory(tmp_path).path != before.directory(tmp_path).path
+
+    def test_keep_their_directory_when_the_schema_gets_a_key(self, tmp_path: Path) -> None:
+        """What a key's default says, said or not, is the same run."""
+        (first, *_) = study_of(tmp_path).final_cells({})
+        spelt = {"train.duration": "1ep", "batch.initial": 256, "batch.micro": 64}
+        (same, *_) = study_of(tmp_path, set={**spelt, "optimizer.nesterov": False}).final_cells({})
+        assert same.digest == first.digest
 
     def test_the_data_set_may_stand_for_its_size(self, tmp_path: Path) -> None:
         axes = {"batch.initial": ["dataset-size/4", "dataset-size"]}
@@ -577,6 +586,10 @@ def test_the_fewest_runs_of_a_quick_study_end_to_end(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     page = (results / "adabatch.md").read_text("utf-8")
+    index = (results / "index.md").read_text("utf-8").splitlines()[-1]
+    verdicts = collect(load_study(path, True), tmp_path / "out" / "cells").judge().all()
+    told = [int(cell) if cell.strip().isdigit() else 0 for cell in index.split("|")[3:7]]
+    assert sum(told) == len(verdicts)
     assert "## Findings" in page
     assert "harness study configs/studies/adabatch.yaml --quick --results docs/studies" in page
     with (results / "adabatch.csv").open(encoding="utf-8", newline="") as file:
@@ -601,6 +614,37 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
         assert said.code == 2
         assert message in said.err
     assert not (tmp_path / "out").exists()
+
+
+def test_on_slurm_trials_come_before_what_they_choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm = fake_slurm(tmp_path, monkeypatch)
+    tune = {"key": "lr.base", "values": [0.1, 0.2], "seeds": [100]}
+    path, out = write(tmp_path, tune=tune), tmp_path / "out"
+    words = ("study", path, "-o", out, "--submit", "--sbatch=--time=30")
+    said = command(*words)
+    assert said.code == 0, said.err
+    assert "4 more come once these have ended" in said.out
+    script = (out / "cells" / "slurm" / "sweep.sbatch").read_text("utf-8")
+    assert "#SBATCH --array=0-3" in script
+    assert "#SBATCH --time=30" in script
+    study = load_study(path)
+    for cell in study.trial_cells():
+        run = cell.directory(out / "cells")
+        assert run.path.name in script
+        config = load_config(run.path / "slurm" / "config.yaml")
+        assert config.lr.base == cell.trial
+        finished(run, 0.9 if cell.trial == 0.2 else 0.5)
+    for job in ("101", "102"):
+        slurm.job(job, "COMPLETED")
+    said = command(*words)
+    assert said.code == 0, said.err
+    assert "more come" not in said.out
+    script = (out / "cells" / "slurm" / "sweep.sbatch").read_text("utf-8")
+    finals = study.final_cells(chosen_values(study, out / "cells"))
+    assert len(finals) == 4
+    assert all(cell.name in script and cell.config.lr.base == 0.2 for cell in finals)
 
 
 def test_a_dry_run_lists_the_cells_and_makes_nothing(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from harness.config import dump_config, explain, load_config
+from harness.config import explain, load_config
 from harness.data_sizes import train_size
 from harness.errors import ConfigError
 from harness.lenient import pick
@@ -57,7 +57,10 @@ class Cell:
 
     @cached_property
     def digest(self) -> str:
-        return hashlib.sha256(dump_config(self.config).encode()).hexdigest()[:12]
+        """Of what is not as the schema has it by default, so that keys which later versions bring
+        leave it as it is."""
+        settings = self.config.model_dump(mode="json", exclude_defaults=True)
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def name(self) -> str:

@@ -39,7 +39,11 @@ METRICS: dict[str, MetricKind] = {
     ),
     "noise_start": MetricKind("noise scale, first tenth of the run", "neither"),
     "noise_end": MetricKind("noise scale, last tenth of the run", "neither"),
-    "noise_growth": MetricKind("noise scale, last tenth over first", "neither"),
+    "noise_growth": MetricKind(
+        "doublings of the noise scale, from up to the target to the last tenth",
+        "neither",
+        needs_target=True,
+    ),
     "distance": MetricKind("distance from the start", "neither"),
     "distance_exponent": MetricKind("exponent q of the distance", "neither"),
     "distance_power": MetricKind("power p of the distance", "neither"),

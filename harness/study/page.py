@@ -16,7 +16,7 @@ from harness.study.cells import Arm, Cell, Study
 from harness.study.figure import draw
 from harness.study.metrics import METRICS
 from harness.study.runs import Measured
-from harness.study.verdicts import Found, Judge, spread
+from harness.study.verdicts import Found, Judge, show, spread
 from harness.wording import counted
 from harness.yamlfile import shown
 
@@ -55,24 +55,30 @@ def write(results: Results, directory: Path) -> list[Path]:
 
 INDEX = "index.md"
 _TITLE = re.compile(r"# (.+)")
-_VERDICT = re.compile(r"\*\*[0-9]+\. .*: (holds|does not hold|undecided|measured|in part)\b.*\*\*")
+_VERDICT = re.compile(
+    r"\*\*[0-9]+\. .*: (?:(holds|does not hold|undecided|measured)|(in part): [^:]*)\.\*\*"
+)
 
 
 def write_index(directory: Path) -> None:
-    """index.md: each study's page in a directory, and what its claims came to."""
+    """index.md: each page in a directory, and what its claims came to, if it has such."""
     rows = []
     for page in sorted(directory.glob("*.md")):
         lines = read_text(page).splitlines()
         title = _TITLE.fullmatch(lines[0]) if lines else None
-        verdicts = [found[1] for line in lines if (found := _VERDICT.fullmatch(line))]
-        if title is None or not verdicts or page.name == INDEX:
+        found = [one for line in lines if (one := _VERDICT.fullmatch(line))]
+        verdicts = [one[1] or one[2] for one in found]
+        if title is None or page.name == INDEX:
             continue
         kinds = ("holds", "in part", "does not hold", "undecided")
         counts = [str(verdicts.count(kind) or "–") for kind in kinds]
         rows.append(f"| [{page.stem}]({page.name}) | {title[1]} | {' | '.join(counts)} |")
     head = "| Study | About | Holds | In part | Does not hold | Undecided |"
     text = "\n".join([head, "| --- | --- | --- | --- | --- | --- |", *rows])
-    intro = "Claims of papers, and what came of them here; `harness study` writes these pages."
+    intro = (
+        "Claims, and what came of them here. The pages with claims are written by `harness study`, "
+        "each by the command that it names."
+    )
     content = f"# Studies\n\n{intro}\n\n{text}\n"
     write_atomic(directory / INDEX, content.encode())
 
@@ -161,7 +167,8 @@ def _table(results: Results) -> str:
             mean = judge.mean(arm, name)
             few = len(judge.values(arm, name))
             less = f" ({few} of {len(over)})" if mean is not None and few < len(over) else ""
-            row.append("–" if mean is None else spread(name, mean) + less)
+            told = "–" if mean is None else show(name, mean.value)
+            row.append((spread(name, mean) if mean and mean.known else told) + less)
         rows.append(row)
     return table(header, rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -70,6 +71,8 @@ def measure(run: RunDirectory, target: Target | None, tuned: Any = None) -> Meas
     found |= _to_target(evaluations, target, windows)
     found |= _noise(windows)
     found |= _distance(windows)
+    early, late = found["noise_to_target"], found["noise_end"]
+    found["noise_growth"] = math.log2(late / early) if early and late else None
     found["ratio_spread"] = _spread(layers)
     found["tuned"] = number(tuned)
     return Measured(now, found, evaluations, windows, layers)
@@ -189,12 +192,10 @@ def _noise(windows: Array) -> dict[str, float | None]:
     if not len(samples):
         return {}
     share = samples / samples[-1]
-    start, end = _median(noise[share <= 0.1]), _median(noise[share > 0.9])
     return {
         "noise_scale": _median(noise),
-        "noise_start": start,
-        "noise_end": end,
-        "noise_growth": end / start if start and end else None,
+        "noise_start": _median(noise[share <= 0.1]),
+        "noise_end": _median(noise[share > 0.9]),
     }
 
 
