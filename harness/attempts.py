@@ -41,24 +41,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness.errors import RunDirectoryError, StorageError, Superseded
-from harness.records import (
-    ITEMS,
-    Position,
-    Record,
-    RunDirectory,
-    newest_number,
-    now,
-    numbered,
-    open_regular,
-    partial_name,
-    place_name,
-    read_object,
-    rewind,
-    storage_error,
-    sync_directory,
-    write_atomic,
-    write_json,
-)
+from harness.files import open_regular, partial_name, storage_error, sync_directory, write_atomic
+from harness.jsonl import Record, now, read_object, write_json
+from harness.records import Position, rewind
+from harness.rundir import ITEMS, RunDirectory, newest_number, numbered, place_name
 from harness.versions import installed_version
 from harness.yamlfile import one_line
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from harness.errors import DataError
+from harness.files import read_text
+from harness.jsonl import write_json
 from harness.lenient import LARGEST
-from harness.records import read_text, write_json
 
 FORMAT = 1
 NAME = "bench.json"

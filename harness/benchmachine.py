@@ -28,9 +28,9 @@ from harness.config import load_config
 from harness.data.datasets import Batch, ImageData
 from harness.data.shared import load_shared
 from harness.forward import ForwardPass
+from harness.jsonl import write_json
 from harness.last_words import leave_at_once, leave_last_words
 from harness.models import configured_model
-from harness.records import write_json
 from harness.schema import Config
 from harness.wording import counted
 

@@ -13,7 +13,9 @@ from statistics import median
 from harness.benchfile import WINDOWS, Repeat
 from harness.benchstats import Warmup, find_warmup
 from harness.errors import HarnessError
-from harness.records import RunDirectory, open_regular, read_jsonl, write_atomic
+from harness.files import open_regular, write_atomic
+from harness.jsonl import read_jsonl
+from harness.rundir import RunDirectory
 
 _LEAST_WINDOWS = 2
 COLUMNS = ("point", "repeat", "window", "updates", "images", "seconds", "warmup")

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from harness.errors import StoppedEarly
-from harness.records import RunDirectory
+from harness.rundir import RunDirectory
 from harness.stop import StopRequest
 from harness.worker import train
 

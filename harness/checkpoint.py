@@ -22,7 +22,8 @@ from torch import nn
 
 from harness import pulse
 from harness.errors import CheckpointError
-from harness.records import Position, open_regular, partial_name, sync_directory, write_atomic
+from harness.files import open_regular, partial_name, sync_directory, write_atomic
+from harness.records import Position
 from harness.yamlfile import one_line
 
 FORMAT = 5

@@ -501,7 +501,7 @@ def _schema(options: argparse.Namespace) -> int:
     if options.out is None:
         print(as_text(), end="")
         return 0
-    from harness.records import write_atomic
+    from harness.files import write_atomic
 
     write_atomic(options.out, as_text().encode())
     print(f"{options.out} is written; a YAML file names it in its first line:")
@@ -583,7 +583,7 @@ def _train(options: argparse.Namespace) -> int:
     stop = StopRequest()
     stop.listen()  # before the imports, which take seconds
     from harness import pulse
-    from harness.records import RunDirectory
+    from harness.rundir import RunDirectory
 
     pulse.start(RunDirectory(options.run_dir).stacks)
     from harness.worker import train

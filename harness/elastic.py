@@ -27,7 +27,9 @@ from harness import environment, pulse
 from harness.comm.base import Communicator, allgather_bytes, allreduce, broadcast_bytes
 from harness.comm.together import together
 from harness.errors import LaunchError, PeerLost, RankFailure
-from harness.records import RunDirectory, now, write_atomic
+from harness.files import write_atomic
+from harness.jsonl import now
+from harness.rundir import RunDirectory
 from harness.wording import counted
 
 _NOTICE = 10.0  # seconds in which the driver, which looks at hosts once a second, tells of new ones

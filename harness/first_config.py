@@ -29,9 +29,9 @@ from harness.doctor.datasets import data_sets
 from harness.doctor.looks import Look, look_at
 from harness.doctor.machine import nvidia_models
 from harness.errors import ConfigError, UsageError
+from harness.files import write_atomic
 from harness.json_schema import FILE_NAME, as_text, header
 from harness.model_table import check_model
-from harness.records import write_atomic
 from harness.schema import Data
 from harness.units import Duration
 from harness.wording import counted, plain_name

@@ -13,7 +13,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from harness.records import Record, open_regular, parse_line
+from harness.files import open_regular
+from harness.jsonl import Record, parse_line
 
 _WHOLE = 2**21
 """Bytes up to which a file is read from its start."""

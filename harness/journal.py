@@ -9,7 +9,10 @@ from typing import Any
 
 from harness import checkpoint
 from harness.attempts import Attempt
-from harness.records import TRAJECTORY_EVENTS, JsonlWriter, Position, RunDirectory, now, storing
+from harness.files import storing
+from harness.jsonl import JsonlWriter, now
+from harness.records import TRAJECTORY_EVENTS, Position
+from harness.rundir import RunDirectory
 from harness.tensorboard import Scalars
 from harness.trackers import Trackers
 

@@ -14,7 +14,7 @@ import torch
 from harness import environment
 from harness.comm.together import exit_code_of
 from harness.errors import HarnessError, PeerLost, RankFailure
-from harness.records import write_json
+from harness.jsonl import write_json
 
 
 def leave_last_words(error: Exception, rank: int) -> int:

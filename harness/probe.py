@@ -33,6 +33,8 @@ from harness.buckets import Bucket
 from harness.comm import Communicator, allreduce, mpi, open_communicator
 from harness.compression import build_codec
 from harness.errors import HarnessError, LaunchError, StoppedEarly
+from harness.files import write_atomic
+from harness.jsonl import write_json
 from harness.last_words import leave_at_once, leave_last_words
 from harness.probe_results import (
     GLOO,
@@ -51,7 +53,7 @@ from harness.probe_results import (
     shown_size,
 )
 from harness.provenance import collect
-from harness.records import RunDirectory, write_atomic, write_json
+from harness.rundir import RunDirectory
 from harness.schema import Comm
 from harness.wording import counted
 

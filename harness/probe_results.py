@@ -19,8 +19,8 @@ from rich.measure import Measurement as Width
 from rich.table import Table
 
 from harness.errors import UsageError
+from harness.files import read_text
 from harness.lenient import number, pick
-from harness.records import read_text
 from harness.wording import counted
 from harness.yamlfile import one_line
 

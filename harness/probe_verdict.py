@@ -29,6 +29,7 @@ from harness.alphabeta import (
     interval,
     resampled_medians,
 )
+from harness.jsonl import write_json
 from harness.probe_results import (
     HOROVOD,
     HOROVOD_FP16,
@@ -41,7 +42,6 @@ from harness.probe_results import (
     shown_size,
     shown_time,
 )
-from harness.records import write_json
 
 GRADIENTS_MB = (1.0, 10.0, 100.0)
 """MiB of float32 for which buckets are told: LeNet-5 and ResNet-20 have less than 1.1, ResNet-50

@@ -15,9 +15,9 @@ import torch
 
 from harness.comm.base import Communicator
 from harness.environment import host, launcher, usable_cores
+from harness.jsonl import now as time_now
 from harness.lenient import pick
 from harness.own import files
-from harness.records import now as time_now
 from harness.redact import hidden, is_secret, redacted_words
 from harness.versions import PACKAGE, installed_version
 

@@ -8,7 +8,10 @@ from typing import TypeGuard
 
 from harness.config import dump_config, load_config
 from harness.errors import CheckpointError, ConfigError, RunDirectoryError
-from harness.records import RunDirectory, of_trajectory, read_jsonl, write_atomic
+from harness.files import write_atomic
+from harness.jsonl import read_jsonl
+from harness.records import of_trajectory
+from harness.rundir import RunDirectory
 from harness.schema import Config
 from harness.yamlfile import dump_yaml, one_line, parse_yaml, read_yaml
 

@@ -15,7 +15,7 @@ from harness.benchfile import holds_bench, read_bench
 from harness.config import load_config
 from harness.errors import ConfigError, DataError, UsageError
 from harness.probe_results import holds_probe
-from harness.records import RunDirectory
+from harness.rundir import RunDirectory
 from harness.schedule.choices import rank_counts
 from harness.schedule.costs import measured_otherwise, read_throughput
 from harness.schema import Config, GoodputGrowth, SpeedModel

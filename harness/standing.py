@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from harness.jsonl import Record
 from harness.lenient import number
-from harness.records import Record
 from harness.yamlfile import one_line
 
 STARTS = ("start", "resume")

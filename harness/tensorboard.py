@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import ConfigError
+from harness.files import write_all
+from harness.jsonl import Record, last_records, read_jsonl
 from harness.lenient import number, pick
-from harness.records import Record, RunDirectory, last_records, read_jsonl, write_all
+from harness.rundir import RunDirectory
 
 _TAIL = 2**20
 """Bytes at the end of records in which a checkpoint's own lines lie."""

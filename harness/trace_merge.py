@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from harness.errors import RunDirectoryError
-from harness.records import RunDirectory, open_regular, partial_name, read_text
+from harness.files import open_regular, partial_name, read_text
+from harness.rundir import RunDirectory
 
 Event = dict[str, Any]
 

@@ -18,8 +18,8 @@ import torch
 
 from harness import environment
 from harness.comm.base import Communicator, allreduce
+from harness.jsonl import write_json
 from harness.phases import HostClock
-from harness.records import write_json
 from harness.schema import Trace
 
 _PINGS = 10

@@ -26,10 +26,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from harness.errors import ConfigError
+from harness.files import write_atomic
+from harness.jsonl import Record, read_jsonl, read_object, write_json
 from harness.own import calling, find
 from harness.own_names import is_own
-from harness.records import Record, RunDirectory, read_jsonl, read_object, write_atomic, write_json
 from harness.resume import settled
+from harness.rundir import RunDirectory
 from harness.schema import Config
 from harness.tensorboard import evaluation_values, line_values
 from harness.wording import plain_name

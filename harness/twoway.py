@@ -22,7 +22,7 @@ import numpy as np
 
 from harness import environment
 from harness.errors import HarnessError, RankFailure
-from harness.records import write_json
+from harness.jsonl import write_json
 from harness.twoway_steps import RESULT, Steps
 from harness.versions import installed_version
 

@@ -37,23 +37,18 @@ from harness.errors import (
     StoppedEarly,
 )
 from harness.evaluate import Evaluation
+from harness.files import read_text, write_atomic
 from harness.journal import Journal
+from harness.jsonl import read_jsonl, write_json
 from harness.last_words import leave_at_once, leave_last_words
 from harness.memory import keep_freed_memory
 from harness.models import configured_model
 from harness.progress import Display, Relay, Silent, local_display
 from harness.provenance import changed_files, collect
-from harness.records import (
-    Position,
-    RunDirectory,
-    RunLock,
-    furthest,
-    read_jsonl,
-    read_text,
-    write_atomic,
-    write_json,
-)
+from harness.records import Position, furthest
 from harness.resume import check_same_run, check_same_settings, keep_choices
+from harness.rundir import RunDirectory
+from harness.runlock import RunLock
 from harness.schedule.plan import build_plan
 from harness.schema import Config
 from harness.speedfit import settled_growth

@@ -12,7 +12,7 @@ from typing import Literal
 from harness import environment
 from harness.errors import ConfigError, LaunchError
 from harness.launch_schema import Launch
-from harness.records import RunDirectory
+from harness.rundir import RunDirectory
 from harness.schema import Comm, Config
 from harness.yamlfile import one_line
 from launch import detect, elastic, horovodrun, local, mpirun, srun

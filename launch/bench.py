@@ -44,15 +44,11 @@ from harness.errors import (
     StoppedEarly,
     UsageError,
 )
+from harness.files import make_directory, read_text, write_atomic
+from harness.jsonl import read_object
 from harness.progress import Status
-from harness.records import (
-    RunDirectory,
-    RunLock,
-    make_directory,
-    read_object,
-    read_text,
-    write_atomic,
-)
+from harness.rundir import RunDirectory
+from harness.runlock import RunLock
 from harness.schedule.plan import build_plan
 from harness.schema import Config
 from harness.wording import counted, plain_name

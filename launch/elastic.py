@@ -24,7 +24,7 @@ from pathlib import Path
 
 from harness import environment
 from harness.errors import ConfigError, LaunchError
-from harness.records import write_atomic
+from harness.files import write_atomic
 from harness.schema import Config
 from launch import horovodrun
 from launch.deaths import Death

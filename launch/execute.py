@@ -20,8 +20,8 @@ from typing import IO, Self
 from harness.errors import LaunchError
 from harness.processes import descendants, killed_for_memory
 from harness.progress import Display, parse_relayed
-from harness.records import RunDirectory
 from harness.redact import is_secret
+from harness.rundir import RunDirectory
 from launch.deaths import rank_tag
 from launch.hangs import HangWatch
 from launch.outcome import Ended

@@ -13,8 +13,8 @@ from typing import Literal
 from harness.config import dump_config, load_config
 from harness.data_sizes import check_root, train_size
 from harness.errors import ConfigError, LaunchError, RunDirectoryError
-from harness.records import RunDirectory
 from harness.resume import ranks_of_late
+from harness.rundir import RunDirectory
 from harness.schedule.plan import Plan, build_plan
 from harness.schema import Config
 from harness.speedfit import settled_growth

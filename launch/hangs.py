@@ -24,9 +24,10 @@ from typing import Any
 
 from harness import environment
 from harness.errors import HarnessError
+from harness.files import open_regular
 from harness.processes import STATES, Look, Process, descendants, look
 from harness.pulse import MARK, MEETING, Silence, tick_of
-from harness.records import RunDirectory, open_regular
+from harness.rundir import RunDirectory
 from harness.wording import counted
 from launch.preflight import over_ssh, ssh
 from launch.spec import LaunchSpec

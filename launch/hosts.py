@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.errors import LaunchError
-from harness.records import open_regular
+from harness.files import open_regular
 from harness.wording import counted
 from launch.spec import Host
 

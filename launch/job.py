@@ -19,8 +19,8 @@ from harness.config import load_config
 from harness.environment import JOB_NUMBER
 from harness.errors import HarnessError, LaunchError, StoppedEarly
 from harness.launch_schema import Slurm
-from harness.records import RunDirectory
 from harness.resume import ranks_wanted
+from harness.rundir import RunDirectory
 from harness.wording import counted
 from launch.jobs import (
     State,

@@ -14,7 +14,10 @@ from typing import Any, Literal
 
 from harness.environment import JOB_NUMBER
 from harness.errors import LaunchError, RunDirectoryError
-from harness.records import RunDirectory, RunLock, now, read_text, write_json
+from harness.files import read_text
+from harness.jsonl import now, write_json
+from harness.rundir import RunDirectory
+from harness.runlock import RunLock
 
 _PATIENCE = 60.0  # seconds; a busy controller answers late
 _OVER = frozenset(

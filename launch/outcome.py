@@ -10,8 +10,9 @@ from types import NoneType
 from typing import Any, Literal
 
 from harness.errors import HarnessError, StoppedEarly, StorageError, Superseded, UsageError
-from harness.records import RunDirectory, read_object
+from harness.jsonl import read_object
 from harness.resume import has_finished, ranks_wanted
+from harness.rundir import RunDirectory
 from launch import elastic
 from launch.deaths import Death, first_death, lost_host
 from launch.hangs import Hang

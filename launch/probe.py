@@ -13,10 +13,11 @@ from pathlib import Path
 
 from harness import environment
 from harness.errors import LaunchError, RankFailure, RunDirectoryError, StoppedEarly, UsageError
+from harness.files import make_directory
 from harness.launch_schema import Launch
 from harness.probe_results import NAME, holds_probe
 from harness.progress import PlainLines
-from harness.records import RunDirectory, make_directory
+from harness.rundir import RunDirectory
 from harness.schema import Comm
 from harness.wording import counted
 from launch.assemble import (

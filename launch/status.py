@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.errors import LaunchError, RunDirectoryError
-from harness.records import RunDirectory, read_run
+from harness.records import read_run
+from harness.rundir import RunDirectory
 from harness.standing import RunStatus, run_lines, share, standing
 from harness.yamlfile import one_line
 from launch.jobs import JobList, State, Submitted, job_states, read_list

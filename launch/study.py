@@ -23,16 +23,12 @@ from harness import environment
 from harness.config import dump_config
 from harness.data_sizes import check_root, train_size
 from harness.errors import ConfigError, LaunchError, RunDirectoryError, StoppedEarly
+from harness.files import make_directory, storing, write_atomic
+from harness.jsonl import read_object
 from harness.lenient import pick
-from harness.records import (
-    RunDirectory,
-    RunLock,
-    make_directory,
-    read_object,
-    storing,
-    write_atomic,
-)
 from harness.report.fields import duration
+from harness.rundir import RunDirectory
+from harness.runlock import RunLock
 from harness.schedule.plan import build_plan
 from harness.study.cells import Arm, Cell, Study, alone, load_study
 from harness.study.metrics import METRICS

@@ -17,8 +17,11 @@ from rich.table import Table
 
 from harness.config import load_config
 from harness.errors import LaunchError, RunDirectoryError
-from harness.records import RunDirectory, check_unlocked, creating, now, write_atomic
+from harness.files import creating, write_atomic
+from harness.jsonl import now
 from harness.resume import check_same_run, has_finished
+from harness.rundir import RunDirectory
+from harness.runlock import check_unlocked
 from harness.schema import Config
 from harness.yamlfile import one_line
 from launch.graph import (

@@ -36,21 +36,13 @@ from harness.errors import (
     Superseded,
     UsageError,
 )
+from harness.files import make_directory, storage_error, storing, write_atomic
+from harness.jsonl import JsonlWriter, now
 from harness.progress import local_display
-from harness.records import (
-    JsonlWriter,
-    RunDirectory,
-    RunLock,
-    furthest,
-    make_directory,
-    newest_number,
-    now,
-    numbered,
-    storage_error,
-    storing,
-    write_atomic,
-)
+from harness.records import furthest
 from harness.resume import check_same_run, has_finished, ranks_of_late, ranks_wanted
+from harness.rundir import RunDirectory, newest_number, numbered
+from harness.runlock import RunLock
 from harness.schedule.plan import build_plan
 from harness.schema import Config, GoodputGrowth
 from harness.speedfit import settled_growth

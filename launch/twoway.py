@@ -17,7 +17,7 @@ from harness.doctor.storage import nearest
 from harness.errors import LaunchError
 from harness.launch_schema import Launch
 from harness.progress import PlainLines
-from harness.records import RunDirectory
+from harness.rundir import RunDirectory
 from harness.schema import Comm
 from harness.twoway_steps import STEPS, Standing, read_result, standings
 from harness.wording import counted

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
+from harness.jsonl import encode
 from harness.probe_results import read_results
 from harness.probe_verdict import judge
-from harness.records import encode
 
 SIZE = 1437
 PHASES = ("data", "forward", "backward", "comm_exposed", "optimizer", "other")

@@ -33,8 +33,11 @@ from harness.attempts import (
 )
 from harness.checkpoint import load_state, newest_valid, set_aside
 from harness.errors import HarnessError, RunDirectoryError, StorageError, Superseded
+from harness.files import write_atomic
 from harness.journal import Journal
-from harness.records import ITEMS, Position, RunDirectory, encode, read_jsonl, write_atomic
+from harness.jsonl import encode, read_jsonl
+from harness.records import Position
+from harness.rundir import ITEMS, RunDirectory
 
 KEEP = 2
 

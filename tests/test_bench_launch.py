@@ -13,7 +13,8 @@ from support import ROOT
 
 from harness.benchfile import read_bench
 from harness.cli import main
-from harness.records import RunDirectory, encode, write_json
+from harness.jsonl import encode, write_json
+from harness.rundir import RunDirectory
 from launch.bench import Runner
 from launch.outcome import Outcome
 

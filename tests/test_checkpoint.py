@@ -24,8 +24,8 @@ from harness.checkpoint import (
 )
 from harness.config import dump_config, load_config
 from harness.errors import CheckpointError, RunDirectoryError
-from harness.records import RunDirectory
 from harness.resume import check_same_run, check_same_settings, settled
+from harness.rundir import RunDirectory
 from harness.yamlfile import dump_yaml, parse_yaml
 
 DEMO = Path(__file__).parents[1] / "configs" / "adabatch-digits.yaml"

@@ -15,7 +15,8 @@ import pytest
 
 from harness import environment
 from harness.cli import main
-from harness.records import RunDirectory, read_jsonl
+from harness.jsonl import read_jsonl
+from harness.rundir import RunDirectory
 
 DEMO = Path(__file__).parents[1] / "configs" / "adabatch-digits.yaml"
 HOUR = 3600.0

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import ROOT
 
-from harness.records import LONGEST_LINE, RunDirectory, read_jsonl, spread_lines
+from harness.jsonl import LONGEST_LINE, read_jsonl, spread_lines
+from harness.rundir import RunDirectory
 from launch.outcome import Ended, judge
 from launch.spec import Host, LaunchSpec
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from harness.records import RunDirectory, encode
+from harness.jsonl import encode
+from harness.rundir import RunDirectory
 from launch.outcome import Ended, judge
 from launch.preflight import Needs, check_hosts, is_local, ssh, told
 from launch.spec import Host, LaunchSpec

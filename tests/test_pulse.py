@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from harness import processes, pulse
 from harness.processes import Look, Process, descendants, look, threads_of
 from harness.pulse import MARK, MEETING, Silence, tick_of
-from harness.records import RunDirectory
+from harness.rundir import RunDirectory
 from launch.execute import kill_group
 from launch.hangs import Hang, HangWatch, Stuck, Told, Vigil
 from launch.outcome import Ended, judge

@@ -22,22 +22,12 @@ from hypothesis import strategies as st
 
 from harness.checkpoint import load_state, newest_valid
 from harness.errors import RunDirectoryError
+from harness.files import write_atomic
 from harness.journal import Journal
-from harness.records import (
-    TRAJECTORY_EVENTS,
-    JsonlWriter,
-    Position,
-    RunDirectory,
-    RunLock,
-    check_unlocked,
-    encode,
-    read_jsonl,
-    read_run,
-    rewind,
-    spread_lines,
-    write_atomic,
-    write_json,
-)
+from harness.jsonl import JsonlWriter, encode, read_jsonl, spread_lines, write_json
+from harness.records import TRAJECTORY_EVENTS, Position, read_run, rewind
+from harness.rundir import RunDirectory
+from harness.runlock import RunLock, check_unlocked
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=10),
@@ -356,7 +346,7 @@ def test_a_kill_leaves_the_old_bytes_or_the_new_ones(tmp_path: Path, moment: str
     path.write_bytes(b"old")
     code = (
         "import os, pathlib, signal, sys\n"
-        "from harness.records import write_atomic\n"
+        "from harness.files import write_atomic\n"
         f"{moment} = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
         "write_atomic(pathlib.Path(sys.argv[1]), b'new' * 100000)\n"
     )
@@ -373,7 +363,7 @@ def test_readers_never_see_a_part(tmp_path: Path) -> None:
     write_atomic(path, next(iter(contents)))
     code = (
         "import pathlib, sys\n"
-        "from harness.records import write_atomic\n"
+        "from harness.files import write_atomic\n"
         "for i in range(40):\n"
         "    write_atomic(pathlib.Path(sys.argv[1]), bytes([i % 4]) * 500_000)\n"
     )
@@ -389,7 +379,8 @@ def test_readers_never_see_a_part(tmp_path: Path) -> None:
 
 HOLD = """
 import sys, pathlib
-from harness.records import RunDirectory, RunLock
+from harness.rundir import RunDirectory
+from harness.runlock import RunLock
 RunLock(RunDirectory(pathlib.Path(sys.argv[1]))).acquire()
 print("held", flush=True)
 sys.stdin.read()

@@ -26,9 +26,9 @@ from hypothesis import strategies as st
 from simulated import PHASES, SIZE, Simulation
 
 from harness.errors import RunDirectoryError, UsageError
+from harness.jsonl import encode
 from harness.lenient import number
 from harness.records import PHASES as ALL_PHASES
-from harness.records import encode
 from harness.report import build_report
 from harness.report.curves import extremes, log_fit, log_spaced, means, points, steps
 from harness.report.fields import clean, duration, general, scrub

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from simulated import PHASES, Simulation, bench, summary_of, text_of, write_bench
 
 from harness.errors import RunDirectoryError
+from harness.jsonl import encode, parse_line
 from harness.lenient import number
-from harness.records import encode, parse_line
 from harness.report import build_report, columns
 from harness.report.columns import read_columns
 from harness.report.goodput import goodputs_of, statistical_efficiency

@@ -29,7 +29,7 @@ from support import ROOT
 
 from harness.data.shared import Block
 from harness.errors import DataError
-from harness.records import partial_name, write_atomic
+from harness.files import partial_name, write_atomic
 from harness.redact import HIDDEN, hidden, is_secret, redacted, redacted_words
 from launch import closed
 from launch.bootstrap.sbom import bill, normal
@@ -270,7 +270,7 @@ def test_a_link_that_waits_under_a_temporary_name_is_not_followed(
     partial = partial_name(target)
     assert partial != partial_name(target)
     partial.symlink_to(precious)
-    monkeypatch.setattr("harness.records.partial_name", lambda path: partial)
+    monkeypatch.setattr("harness.files.partial_name", lambda path: partial)
     with pytest.raises(FileExistsError):
         write_atomic(target, b"new")
     assert precious.read_bytes() == b"precious"

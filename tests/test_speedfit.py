@@ -16,8 +16,8 @@ from harness.benchfile import write_bench
 from harness.cli import main
 from harness.config import dump_config, load_config
 from harness.errors import ConfigError, DataError
-from harness.records import RunDirectory
 from harness.resume import check_same_run, settled
+from harness.rundir import RunDirectory
 from harness.schedule.choices import UpdateTime
 from harness.schema import Config, GoodputGrowth, SpeedModel
 from harness.speedfit import settled_growth, told_otherwise

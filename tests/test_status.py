@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support import ROOT
 
 from harness.cli import main
-from harness.records import encode
+from harness.jsonl import encode
 from launch.jobs import State, Submitted, parse_jobs, read_list
 from launch.status import UNKNOWN, hint, read_status
 

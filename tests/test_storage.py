@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from harness.checkpoint import load_state, newest_valid
-from harness.records import RunDirectory, read_jsonl
+from harness.jsonl import read_jsonl
 from harness.resume import has_finished
+from harness.rundir import RunDirectory
 
 DEMO = Path(__file__).parents[1] / "configs" / "adabatch-digits.yaml"
 WORDS = ("batch.initial=128", "train.duration=2ep", "train.log_every=1", "ranks.threads=1")

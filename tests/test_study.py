@@ -24,7 +24,7 @@ from support import ROOT, STUDIES
 
 from harness.config import load_config
 from harness.errors import ConfigError
-from harness.records import RunDirectory
+from harness.rundir import RunDirectory
 from harness.scaling.interval import Interval
 from harness.study.cells import Arm, Cell, Study, load_study
 from harness.study.figure import mean_curve

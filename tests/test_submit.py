@@ -19,7 +19,8 @@ from support import ROOT
 
 from harness.cli import _parser, main
 from harness.config import load_config
-from harness.records import RunDirectory, encode
+from harness.jsonl import encode
+from harness.rundir import RunDirectory
 from harness.schema import Config
 from launch import job
 from launch.graph import OPTIONS

@@ -19,7 +19,9 @@ from support import ROOT
 from harness import tensorboard
 from harness.cli import main
 from harness.journal import Journal
-from harness.records import Position, Record, RunDirectory, read_jsonl, rewind
+from harness.jsonl import Record, read_jsonl
+from harness.records import Position, rewind
+from harness.rundir import RunDirectory
 from harness.tensorboard import Scalars, crc32c, framed, open_scalars
 
 pytest.importorskip("tensorboard")

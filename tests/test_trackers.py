@@ -21,7 +21,7 @@ from harness import trackers
 from harness.cli import main
 from harness.config import load_config
 from harness.errors import ConfigError
-from harness.records import Record, read_jsonl
+from harness.jsonl import Record, read_jsonl
 from harness.trackers import (
     Guarded,
     MlflowTracker,
@@ -133,7 +133,7 @@ def test_the_past_of_a_run_that_had_no_tracker_comes_in_order(tmp_path: Path) ->
     ]
     for path, lines in zip(files, records, strict=True):
         path.write_text("".join(json.dumps(record) + "\n" for record in lines), encoding="utf-8")
-    from harness.records import RunDirectory
+    from harness.rundir import RunDirectory
 
     found = list(trackers._recorded(RunDirectory(tmp_path)))
     assert len(found) == 6

@@ -32,7 +32,8 @@ from harness.errors import HarnessError, StoppedEarly
 from harness.journal import Journal
 from harness.lars import LARS
 from harness.progress import Silent
-from harness.records import Position, RunDirectory, rewind
+from harness.records import Position, rewind
+from harness.rundir import RunDirectory
 from harness.schedule.plan import build_plan
 from harness.schema import Config, Optimizer
 from harness.stop import StopRequest

@@ -26,11 +26,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console, Group
 
-from harness import follow, watch
+from harness import follow, watch, watched
 from harness.cli import main
 from harness.follow import Follower
-from harness.records import Position, RunDirectory, encode, rewind
-from harness.watch import Several, Watched, find_runs, sparkline
+from harness.jsonl import encode
+from harness.records import Position, rewind
+from harness.rundir import RunDirectory
+from harness.watched import Several, Watched, find_runs, sparkline
 
 NOW = 1_700_000_000.0
 
@@ -503,9 +505,9 @@ def test_a_terminal_that_knows_only_ascii_gets_that(monkeypatch: pytest.MonkeyPa
 
 
 def test_curves_are_thinned_out(tmp_path: Path) -> None:
-    run = watch.Seen()
+    run = watched.Seen()
     run.add([line(k) for k in range(1, 20_000)])
-    assert len(run.loss) <= watch._CURVE
+    assert len(run.loss) <= watched._CURVE
     assert run.loss[0][0] == 1
     assert run.loss[-1][0] == 19_999
 

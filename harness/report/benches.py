@@ -9,8 +9,10 @@ from typing import Any
 
 from harness.benchfile import FORMAT, NAME
 from harness.errors import RunDirectoryError
+from harness.files import read_text
+from harness.jsonl import Record, read_object
 from harness.lenient import listed, number, pick
-from harness.records import Record, parse_config, read_object, read_text
+from harness.records import parse_config
 from harness.report.fields import clean, plural, words
 from harness.report.scaling import Point, Series, series_of
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from harness.benchfile import holds_bench
 from harness.errors import RunDirectoryError, UsageError
+from harness.files import write_atomic
 from harness.lenient import number, pick
 from harness.probe_results import holds_probe
-from harness.records import RunDirectory, write_atomic
 from harness.report import fields, sections, tables
 from harness.report.benches import Bench, load_bench
 from harness.report.goodput import Goodputs, Progress, goodputs_of, progress_of
@@ -47,6 +47,7 @@ from harness.report.timing import (
     timing_of_run,
 )
 from harness.report.waiting import exchange_numbers, exchange_of
+from harness.rundir import RunDirectory
 from harness.scaling.steptime import Wire
 
 if TYPE_CHECKING:

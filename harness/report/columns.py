@@ -26,8 +26,9 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from harness.files import open_regular
+from harness.jsonl import LONGEST_LINE, Record, parse_line
 from harness.lenient import LARGEST, number
-from harness.records import LONGEST_LINE, Record, open_regular, parse_line
 from harness.report.fields import clean
 
 Array = NDArray[np.float64]

@@ -19,8 +19,8 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
+from harness.jsonl import Record
 from harness.lenient import number, pick
-from harness.records import Record
 from harness.report.curves import Curve, curve, extremes, log_spaced, means, points, spread, steps
 from harness.report.fields import clean, count, general, percent
 from harness.report.runs import Run

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.jsonl import Record, spread_lines
 from harness.lenient import listed, number
-from harness.records import Record, spread_lines
 from harness.report.fields import clean, count, general, words
 
 LOGGED = 400  # lines that are read, evenly spread; of a longer run layers.csv says how many it has

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from harness.jsonl import Record
 from harness.lenient import listed, number, pick
-from harness.records import Record
 from harness.report.fields import MISSING, clean, general, percent, plural, words
 from harness.report.runs import Run
 from harness.report.summary import Summary, describe

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UsageError
+from harness.files import read_text
+from harness.jsonl import Record
 from harness.lenient import listed, number, pick
 from harness.probe_results import (
     HOROVOD,
@@ -23,7 +25,6 @@ from harness.probe_results import (
     shown_time,
 )
 from harness.probe_verdict import judge
-from harness.records import Record, read_text
 from harness.report.fields import MISSING, clean, count, general, instant, plural, words
 
 TIMINGS = 2_000  # more is damage

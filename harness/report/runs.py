@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.errors import RunDirectoryError
+from harness.jsonl import Record
 from harness.lenient import listed, number, pick
-from harness.records import Record, RunDirectory, RunRecords, read_run
+from harness.records import RunRecords, read_run
 from harness.report.columns import Array, Columns, read_columns
 from harness.report.fields import clean, plural, words
 from harness.report.layers import LayerLog, read_layers
+from harness.rundir import RunDirectory
 
 # What belongs in every line of metrics.jsonl. Other fields may be null for good reason (not
 # measured), which is no problem to report.

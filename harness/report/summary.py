@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from harness.jsonl import Record
 from harness.lenient import number, pick
-from harness.records import Record
 from harness.report.columns import Array
 from harness.report.curves import Curve, curve, log_fit
 from harness.report.fields import (

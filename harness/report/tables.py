@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.jsonl import Record
 from harness.lenient import listed, number, pick
-from harness.records import PHASES, Record
+from harness.records import PHASES
 from harness.redact import HIDDEN, is_secret, redacted, redacted_words
 from harness.report.columns import COUNTS, GROUPS, TEXTS, Columns, plain
 from harness.report.csvtext import to_csv

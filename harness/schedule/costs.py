@@ -19,7 +19,8 @@ from typing import Any, Literal
 from harness.benchfile import NAME, read_bench
 from harness.config import load_config
 from harness.errors import DataError, HarnessError
-from harness.records import open_regular, read_lines
+from harness.files import open_regular
+from harness.jsonl import read_lines
 from harness.schedule.choices import nodes_of
 from harness.schedule.clock import Clock, updates_by_size
 from harness.schedule.plan import Plan, Stage, build_plan, decompose, ranks_for, run_end

@@ -22,7 +22,7 @@ from harness.config import explain, load_config
 from harness.data_sizes import train_size
 from harness.errors import ConfigError
 from harness.lenient import pick
-from harness.records import RunDirectory
+from harness.rundir import RunDirectory
 from harness.schema import Config
 from harness.study.schema import MOST_CELLS, StudyFile
 from harness.wording import plain_name

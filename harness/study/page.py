@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.records import read_text, write_atomic
+from harness.files import read_text, write_atomic
 from harness.report.csvtext import to_csv
 from harness.report.fields import duration
 from harness.report.markdown import table, text_of

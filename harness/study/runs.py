@@ -10,8 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from harness.jsonl import Record, read_jsonl
 from harness.lenient import listed, number, pick
-from harness.records import Record, RunDirectory, of_trajectory, read_jsonl
+from harness.records import of_trajectory
+from harness.rundir import RunDirectory
 from harness.study.metrics import METRICS
 from harness.study.schema import Target
 

@@ -36,8 +36,9 @@ from faults.scene import (
 )
 from harness.checkpoint import checkpoint_name, newest_valid
 from harness.errors import CheckpointError
-from harness.records import RunDirectory, parse_line
+from harness.jsonl import parse_line
 from harness.resume import has_finished
+from harness.rundir import RunDirectory
 
 SETTINGS = (
     "model.name=planted:net",

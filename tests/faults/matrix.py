@@ -15,7 +15,7 @@ from typing import Any
 from faults import network, numerics, processes, storage
 from faults.row import Row
 from faults.scene import Finding, Scene, Unexpected, undisturbed
-from harness.records import read_object, write_json
+from harness.jsonl import read_object, write_json
 
 ROWS = tuple(row for module in (processes, network, storage, numerics) for row in module.rows())
 FILE = "matrix.json"

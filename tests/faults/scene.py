@@ -32,8 +32,8 @@ from jobs import (
     weights,
 )
 
-from harness.records import RunDirectory
 from harness.resume import has_finished
+from harness.rundir import RunDirectory
 
 EVERY = 5
 """Updates between two checkpoints."""

@@ -25,7 +25,7 @@ import psutil
 from jobs import Job, attempts, events, identical, last_state, run_arguments, weights
 
 from faults.scene import is_mpirun, is_rank, prepare, told, undisturbed, write_plan
-from harness.records import read_object, write_json
+from harness.jsonl import read_object, write_json
 from harness.student import student_quantile
 
 FILE = "soak.json"

@@ -13,8 +13,8 @@ from jobs import CONFIG, Job, assert_same_run, command, run_arguments, train
 from support import require
 from testbed import Testbed, missing_for_testbed
 
-from harness.records import RunDirectory
 from harness.resume import has_finished
+from harness.rundir import RunDirectory
 
 pytestmark = [pytest.mark.slow, pytest.mark.parallel(2)]
 
