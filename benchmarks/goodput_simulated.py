@@ -25,6 +25,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from harness.scaling.goodput import MeasuredNoise, NoiseAt, Speed, recommended_growth
 from harness.schedule.choices import Choice, UpdateTime, rank_counts, statistical_efficiency
@@ -462,7 +463,10 @@ def draw(found: Sequence[Outcome], path: Path) -> None:
             labelled.add(kind)
         axes.set(xscale="log", yscale="log", title=f"{cluster}, {task}")
         axes.set(xlabel="rank-hours", ylabel="hours")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda hours, _: f"{hours:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.savefig(path, metadata={"Date": None})
 
 
