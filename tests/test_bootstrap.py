@@ -330,7 +330,8 @@ class TestFailure:
         command = [sys.executable, "-m", "launch.bootstrap", "--extras", "nonsense"]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert result.returncode == 1
-        assert "no such extra: nonsense; there are dev, tensorboard, train" in result.stderr
+        extras = "dev, mlflow, tensorboard, train, wandb"
+        assert f"no such extra: nonsense; there are {extras}" in result.stderr
         assert "Traceback" not in result.stderr
 
     def test_a_step_that_was_killed_leaves_its_mark(

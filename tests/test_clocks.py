@@ -34,8 +34,8 @@ def wild_clock(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> Iterator[None]
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: next(moments))
         patch.setattr(time, "time_ns", lambda: int(next(moments) * 1e9))
-        for module in ("records", "journal", "provenance", "attempts"):
-            patch.setattr(f"harness.{module}.now", label)
+        for name in ("jsonl.now", "journal.now", "provenance.time_now", "attempts.now"):
+            patch.setattr(f"harness.{name}", label)
         yield
 
 
