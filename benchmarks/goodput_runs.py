@@ -1,17 +1,18 @@
 """Goodput growth against fixed choices and AdaBatch on real ranks: time and rank-hours to accuracy.
 
-    .venv/bin/python benchmarks/goodput_runs.py [--results runs/goodput] [--seeds 5] [--quick]
+    sudo .venv/bin/python benchmarks/goodput_runs.py [--rates 0,100mbit] [--seeds 5] [--quick]
 
-LeNet-5 on the digits, on one and on two Horovod ranks of this machine. First a bench, which the
-policy reads; then blocks, one for each seed, in each of which every arm runs once, in random order:
-fixed batches of 64 and 256 on one and on two ranks, AdaBatch on both, and goodput growth, once on
-two ranks and once from one rank, with a second where its start pays. What counts is the time of the
+LeNet-5 on the digits, on one and on two Horovod ranks, each on a test host of its own
+(tests/testbed.py; root is needed) whose link has no limit or the given rate. On each link first a
+bench, which the policy reads; then blocks, one for each seed, in each of which every arm runs once,
+in random order: fixed batches of 32 to 256 and AdaBatch on one and on two ranks, and goodput growth
+on two ranks and from one rank, with a second where its start pays. What counts is the time of the
 updates up to the first evaluation that reaches the target, as metrics.jsonl has it, and rank-hours;
-a start in the middle of a run counts as time. Times are ratios to the fixed batch of 64 on one rank
-in the same block, as the machine may do other things meanwhile.
+a start in the middle of a run counts as time. Times are ratios to the fixed batch of 32 on one rank
+in the same block.
 
 A run that has finished is not run again. Writes goodput-runs.md, .csv and .svg of all whole blocks
-to --out. 40 runs, about 10 minutes on two quiet cores; ``--quick`` is one seed and fewer arms.
+to --out. ``--quick`` is one seed and four arms on one link.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import argparse
 import csv
 import json
 import math
+import os
 import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +38,27 @@ from matplotlib.figure import Figure
 from harness.student import mean_interval
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 CONFIG = ROOT / "configs" / "adabatch-digits.yaml"
 NAME = "goodput-runs"
 TARGET = 0.96
-EPOCHS = 20
-REFERENCE = "fixed 64, 1 rank"
+EPOCHS = 16
+BATCHES = (32, 64, 128, 256)
+REFERENCE = "fixed 32, 1 rank"
+HOSTS = "n1:1,n2:1"
 
 _COMMON = (
     "ranks.threads=1",
-    f"train={{duration: {EPOCHS}ep, eval_every: 1ep, checkpoint_every: null, log_every: 5}}",
+    "launch.interfaces=[eth0]",
+    f"train={{duration: {EPOCHS}ep, eval_every: 1ep, checkpoint_every: null, log_every: 1}}",
     "comm.compression=none",
+    "lr.base=0.02",
+    "batch.micro=16",
+    "batch.initial=32",
+    "batch.max=256",
 )
-_FIXED = ("batch.growth.policy=fixed", "lr.on_growth=1", "batch.max=null")
+_FIXED = ("batch.growth={policy: fixed}", "lr.on_growth=1", "batch.max=null")
+_ADABATCH = ("batch.growth={policy: geometric, factor: 2, every: 3ep}", "lr.on_growth=0.7")
 _ONE_RANK, _TWO_RANKS = ("ranks.start=1", "ranks.max=1"), ("ranks.start=2", "ranks.max=2")
 
 
@@ -55,11 +66,11 @@ def arms(bench: Path) -> dict[str, tuple[str, ...]]:
     """What each arm sets."""
     found: dict[str, tuple[str, ...]] = {}
     for ranks, where in (("1 rank", _ONE_RANK), ("2 ranks", _TWO_RANKS)):
-        for batch in (64, 256):
+        for batch in BATCHES:
             found[f"fixed {batch}, {ranks}"] = (*_FIXED, f"batch.initial={batch}", *where)
-        found[f"AdaBatch, {ranks}"] = where
-    # Past the warmup, in which the noise scale is larger than it ever is again.
-    growth = f"{{policy: goodput, throughput: [{bench}], wait: 3ep, memory: 1ep, limit: 4}}"
+        found[f"AdaBatch, {ranks}"] = (*_ADABATCH, *where)
+    # Past the warmup, in which the noise scale is larger than it is for long after.
+    growth = f"{{policy: goodput, throughput: [{bench}], wait: 2.5ep, dwell: 0.5ep, memory: 1ep}}"
     growing = (f"batch.growth={growth}", "batch.shrink=true", "lr.on_growth=1")
     found["goodput, 2 ranks"] = (*growing, *_TWO_RANKS)
     found["goodput, from 1 rank"] = (*growing, "ranks.start=1", "ranks.max=2")
@@ -67,13 +78,18 @@ def arms(bench: Path) -> dict[str, tuple[str, ...]]:
 
 
 GROWN = ("goodput, 2 ranks", "goodput, from 1 rank")
-QUICK = (REFERENCE, "fixed 64, 2 ranks", "AdaBatch, 1 rank", GROWN[1])
+QUICK = (REFERENCE, "fixed 64, 2 ranks", "AdaBatch, 2 ranks", GROWN[0])
+
+
+def link_name(rate: str) -> str:
+    return "no limit" if rate == "0" else rate.replace("mbit", " Mbit/s").replace("gbit", " Gbit/s")
 
 
 @dataclass(frozen=True)
 class Reached:
     """One run up to the evaluation that reached the target (or its end, if none did)."""
 
+    link: str
     seed: int
     arm: str
     reached: bool
@@ -89,12 +105,14 @@ class Reached:
     last_ranks: int
     accuracy: float
     """At the end of the run."""
-    begun: str = "2026-01-01T00:00:00+00:00"
 
 
-def command(*words: object) -> None:
+Where = Callable[[Sequence[str]], list[str]]
+
+
+def command(where: Where, *words: object) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "harness", *map(str, words)],
+        where([sys.executable, "-m", "harness", *map(str, words)]),
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
@@ -110,14 +128,14 @@ def finished(directory: Path) -> bool:
     return events.exists() and any(one["kind"] == "end" for one in lines(events))
 
 
-def run(directory: Path, seed: int, settings: Sequence[str]) -> None:
+def run(where: Where, directory: Path, seed: int, settings: Sequence[str]) -> None:
     if finished(directory):
         return
     place = ["--run-dir", directory, "--go-on"]
-    command("run", CONFIG, f"seed={seed}", *_COMMON, *settings, "--hosts", "localhost:2", *place)
+    command(where, "run", CONFIG, f"seed={seed}", *_COMMON, *settings, "--hosts", HOSTS, *place)
 
 
-def read(directory: Path, seed: int, arm: str) -> Reached:
+def read(directory: Path, link: str, seed: int, arm: str) -> Reached:
     events, metrics = lines(directory / "events.jsonl"), lines(directory / "metrics.jsonl")
     evaluations = [one for one in events if one["kind"] == "evaluation"]
     hits = [one for one in evaluations if one["accuracy"] >= TARGET]
@@ -136,6 +154,7 @@ def read(directory: Path, seed: int, arm: str) -> Reached:
     ]  # fmt: skip
     starts = sum(one["start_seconds"] or 0.0 for one in again)
     return Reached(
+        link=link,
         seed=seed,
         arm=arm,
         reached=bool(hits),
@@ -148,7 +167,6 @@ def read(directory: Path, seed: int, arm: str) -> Reached:
         last_batch=last["global_batch"],
         last_ranks=last["ranks"],
         accuracy=evaluations[-1]["accuracy"],
-        begun=events[0]["time"],
     )
 
 
@@ -183,8 +201,48 @@ def told(logs: Sequence[float]) -> str:
 
 
 def page(runs: Sequence[Reached], names: Sequence[str], options: argparse.Namespace) -> str:
-    seeds = sorted({one.seed for one in runs})
-    rows = []
+    links = list(dict.fromkeys(one.link for one in runs))
+    text = [
+        "# Goodput growth on real ranks",
+        "",
+        "LeNet-5 on scikit-learn's digits, one and two Horovod ranks with one thread each, each on",
+        "a test host of its own. Fixed batches, AdaBatch (32, doubled every 3 epochs to 256,",
+        "rate / batch × 0.7 each time) and growth by",
+        "[goodput](../schedules.md#growth-by-goodput), which may shrink the batch too; the rate",
+        "follows the batch linearly, momentum is 0.9, and gradients travel as they are, in fp32.",
+        f"How long to {TARGET:.0%} of the 360 test images, evaluated once an epoch, in at most",
+        f"{EPOCHS} epochs?",
+        "",
+        f"    {options.command}",
+        "",
+        "Each seed is a block in which every arm runs once, in random order; times are ratios to",
+        f"the {REFERENCE} of the same block, geometric means with 95 % intervals (Student's t of",
+        "logarithms) over the seeds in which both reached the target. Evaluations do not count; a",
+        "start in the middle of a run does.",
+        "",
+    ]
+    for link in links:
+        own = [one for one in runs if one.link == link]
+        text += [f"## Link: {link}", "", *table(own, names), "", *findings(own, names), ""]
+    return "\n".join([
+        *text,
+        "## Figure",
+        "",
+        f"![Time and rank-hours to {TARGET:.0%}, over those of the reference]({NAME}.svg)",
+        "",
+        f"Every run: [{NAME}.csv]({NAME}.csv). How it is at thousands of ranks: "
+        "[goodput.md](goodput.md).",
+        "",
+    ])  # fmt: skip
+
+
+def table(runs: Sequence[Reached], names: Sequence[str]) -> list[str]:
+    """Of one link: a row for each arm."""
+    rows = [
+        "| arm | reached | epochs | updates | batch on ranks, then | time | rank-hours "
+        "| accuracy at the end, % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for arm in names:
         own = [one for one in runs if one.arm == arm]
         hit = [one for one in own if one.reached]
@@ -203,49 +261,7 @@ def page(runs: Sequence[Reached], names: Sequence[str], options: argparse.Namesp
             f"| {told(ratios(runs, arm, False))} | {told(ratios(runs, arm, True))} "
             f"| {accuracy:.2f} |"
         )
-    return "\n".join([
-        "# Goodput growth on real ranks",
-        "",
-        "LeNet-5 on scikit-learn's digits, one and two Horovod ranks with one thread each. Fixed",
-        "batches, AdaBatch (64, doubled every 5 epochs, rate / batch × 0.7 each time) and growth",
-        "by [goodput](../schedules.md#growth-by-goodput), which may shrink the batch too and waits",
-        f"for 3 epochs; the rate follows the batch linearly. How long to {TARGET:.0%} of the 360",
-        "test images, evaluated once an epoch, in",
-        f"at most {EPOCHS} epochs?",
-        "",
-        f"    {options.command}",
-        "",
-        "**The machine was shared**: two cores that other jobs load at the same time, so seconds",
-        "mean nothing by themselves. Each seed is a block in which every arm runs once, in random",
-        "order; times are ratios to the fixed batch of 64 on one rank in the same block, geometric",
-        f"means over {len(seeds)} blocks with 95 % intervals (Student's t of logarithms; load that",
-        "changes within a block widens them). Epochs, updates and accuracy do not depend on the",
-        f"load. From its first start to its last, the blocks took {spans(runs)} minutes: one that",
-        "took much longer than the others was broken off and gone on with, and its times compare",
-        "less.",
-        "",
-        "| arm | reached | epochs | updates | batch on ranks, then | time | rank-hours "
-        "| accuracy at the end, % |",
-        "|---|---|---|---|---|---|---|---|",
-        *rows,
-        "",
-        f"![Time and rank-hours to {TARGET:.0%}, over those of the reference]({NAME}.svg)",
-        "",
-        *findings(runs, names),
-        "",
-        f"Every run: [{NAME}.csv]({NAME}.csv). How it is at thousands of ranks: "
-        "[goodput.md](goodput.md).",
-        "",
-    ])  # fmt: skip
-
-
-def spans(runs: Sequence[Reached]) -> str:
-    """Minutes between the first and the last start of each block."""
-    found = []
-    for seed in sorted({one.seed for one in runs}):
-        starts = [datetime.fromisoformat(one.begun) for one in runs if one.seed == seed]
-        found.append(f"{(max(starts) - min(starts)).total_seconds() / 60:.0f}")
-    return ", ".join(found)
+    return rows
 
 
 def findings(runs: Sequence[Reached], names: Sequence[str]) -> list[str]:
@@ -284,61 +300,104 @@ def findings(runs: Sequence[Reached], names: Sequence[str]) -> list[str]:
 
 def draw(runs: Sequence[Reached], names: Sequence[str], path: Path) -> None:
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": NAME, "font.size": 9})
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-    for axes, cost, title in zip(
-        figure.subplots(1, 2, sharey=True), (False, True), ("time", "rank-hours"), strict=True
-    ):
-        for place, arm in enumerate(reversed(names)):
-            logs = ratios(runs, arm, cost)
-            if not logs:
-                continue
-            mean, low, high = mean_interval(logs)
-            axes.plot([math.exp(v) for v in logs], [place] * len(logs), ".", color="#9aa0a6", ms=4)
-            if low is not None and high is not None:
-                axes.plot([math.exp(low), math.exp(high)], [place] * 2, color="#0072b2")
-            axes.plot(math.exp(mean), place, "o", color="#d55e00" if arm in GROWN else "#0072b2")
-        axes.set_xscale("log")
-        axes.axvline(1, color="#d5d9de", zorder=0)
-        axes.set_xlabel(f"{title} over {REFERENCE}")
-        axes.set_yticks(range(len(names)), list(reversed(names)))
+    links = list(dict.fromkeys(one.link for one in runs))
+    figure = Figure(figsize=(7.5, 0.7 + 2.9 * len(links)), layout="constrained")
+    grid = figure.subplots(len(links), 2, sharey=True, sharex="col", squeeze=False)
+    for row, link in zip(grid, links, strict=True):
+        own = [one for one in runs if one.link == link]
+        for axes, cost, title in zip(row, (False, True), ("time", "rank-hours"), strict=True):
+            for place, arm in enumerate(reversed(names)):
+                logs = ratios(own, arm, cost)
+                if not logs:
+                    continue
+                mean, low, high = mean_interval(logs)
+                axes.plot([math.exp(v) for v in logs], [place] * len(logs), ".", color="#9aa0a6",
+                          ms=4)  # fmt: skip
+                if low is not None and high is not None:
+                    axes.plot([math.exp(low), math.exp(high)], [place] * 2, color="#0072b2")
+                axes.plot(
+                    math.exp(mean), place, "o", color="#d55e00" if arm in GROWN else "#0072b2"
+                )
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
+            axes.axvline(1, color="#d5d9de", zorder=0)
+            axes.set_title(f"{title}, link: {link}", fontsize=9)
+            axes.set_yticks(range(len(names)), list(reversed(names)))
+    for axes in grid[-1]:
+        axes.set_xlabel(f"over {REFERENCE}")
     figure.savefig(path, metadata={"Date": None})
+
+
+def measure(rate: str, results: Path, names: Sequence[str], seeds: int, quick: bool) -> None:
+    """The bench and the blocks of one link; what is there already is not measured again."""
+    from testbed import Testbed
+
+    bench, settings = results / "bench", arms(results / "bench")
+    repeats, seconds = ("1", "2") if quick else ("5", "3")
+    limit = {} if rate == "0" else {"rate": rate}
+    with tempfile.TemporaryDirectory() as folder, Testbed(2, Path(folder), **limit) as bed:
+
+        def where(words: Sequence[str]) -> list[str]:
+            return bed.on("n1", words)
+
+        command(
+            where, "bench", CONFIG, "comm.compression=none", "batch.micro=16", "batch.initial=32",
+            "launch.interfaces=[eth0]", "--ranks", "1,2", "--accumulation", "1,2,8",
+            "--repeats", repeats, "--seconds", seconds, "--hosts", HOSTS, "-o", bench,
+        )  # fmt: skip
+        for seed in range(seeds):
+            order = random.Random(seed).sample(names, len(names))  # noqa: S311
+            for arm in order:
+                run(where, place(results, seed, arm), seed, settings[arm])
+                print(f"{link_name(rate)}, seed {seed}: {arm}", file=sys.stderr, flush=True)
+
+
+def place(results: Path, seed: int, arm: str) -> Path:
+    return results / f"seed-{seed}" / arm.replace(", ", "-").replace(" ", "-")
+
+
+def gathered(rate: str, results: Path, names: Sequence[str], seeds: int) -> list[Reached]:
+    """Of the blocks that are whole."""
+    blocks = [
+        seed for seed in range(seeds) if all(finished(place(results, seed, arm)) for arm in names)
+    ]
+    return [
+        read(place(results, seed, arm), link_name(rate), seed, arm)
+        for seed in blocks
+        for arm in names
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "goodput-runs")
+    parser.add_argument("--rates", default="0,100mbit", help="of the links; 0: no limit")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one seed, four arms, to --results")
     parser.add_argument("--page-only", action="store_true", help="run nothing")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    options.command = ".venv/bin/python benchmarks/goodput_runs.py" + " --quick" * options.quick
+    options.command = (
+        "sudo .venv/bin/python benchmarks/goodput_runs.py" + " --quick" * options.quick
+    )
+    os.environ.update({"OMP_NUM_THREADS": "1"})
+    rates = options.rates.split(",")[-1:] if options.quick else options.rates.split(",")
+    seeds = 1 if options.quick else options.seeds
+    names = [arm for arm in arms(Path()) if not options.quick or arm in QUICK]
     results = options.results.resolve()
-    results.mkdir(parents=True, exist_ok=True)
-    bench = results / "bench"
-    settings = arms(bench)
-    names = [arm for arm in settings if not options.quick or arm in QUICK]
-    if not options.page_only:
-        measure = ("1", "2") if options.quick else ("3", "3")
-        command(
-            "bench", CONFIG, "comm.compression=none", "--ranks", "1,2", "--accumulation", "2,8",
-            "--repeats", measure[0], "--seconds", measure[1], "-o", bench,
-        )  # fmt: skip
-        for seed in range(1 if options.quick else options.seeds):
-            order = random.Random(seed).sample(names, len(names))  # noqa: S311
-            for arm in order:
-                run(results / f"seed-{seed}" / arm.replace(", ", "-").replace(" ", "-"), seed,
-                    settings[arm])  # fmt: skip
-                print(f"seed {seed}: {arm}", file=sys.stderr, flush=True)
-    blocks = [seed for seed in range(options.seeds) if all(
-        finished(results / f"seed-{seed}" / arm.replace(", ", "-").replace(" ", "-"))
-        for arm in names
-    )]  # fmt: skip
-    runs = [
-        read(results / f"seed-{seed}" / arm.replace(", ", "-").replace(" ", "-"), seed, arm)
-        for seed in blocks
-        for arm in names
-    ]
+    runs = []
+    for rate in rates:
+        folder = results / f"link-{rate}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not options.page_only:
+            from testbed import missing_for_testbed
+
+            reason = missing_for_testbed()
+            if reason is not None:
+                raise SystemExit(f"goodput_runs: {reason}")
+            measure(rate, folder, names, seeds, options.quick)
+        runs += gathered(rate, folder, names, seeds)
     if not runs:
         raise SystemExit("goodput_runs: no block is whole yet")
     out = options.out or (results if options.quick else ROOT / "docs" / "studies")

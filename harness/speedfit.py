@@ -103,10 +103,18 @@ def speed_model(config: Config, paths: Sequence[Path]) -> SpeedModel:
         gradient_bytes=fit.wire.gradient_bytes,
         buckets=fit.wire.buckets,
         topology=fit.topology,
-        ranks_per_node=config.ranks.per_node,
+        ranks_per_node=config.ranks.per_node or _per_node(points),
         measured_ranks=most,
         misfit=_six_digits(fit.misfit),
     )
+
+
+def _per_node(points: Sequence[Point]) -> int | None:
+    """The most ranks that a node had where several nodes were measured; None if one had all, of
+    which nobody knows how many it could have had."""
+    if all(point.nodes == 1 for point in points):
+        return None
+    return max(-(-point.ranks // point.nodes) for point in points)
 
 
 def _six_digits(value: float) -> float:

@@ -17,12 +17,17 @@ def repeat(number: int, images_per_sec: float, batch: int) -> Repeat:
 
 
 def point(
-    ranks: int, *rates: float, micro: int = 32, accumulation: int = 1, batch: int | None = None
+    ranks: int,
+    *rates: float,
+    micro: int = 32,
+    accumulation: int = 1,
+    batch: int | None = None,
+    nodes: int = 1,
 ) -> Point:
     """Of repeats with these images/s."""
     size = batch or ranks * micro * accumulation
     repeats = [repeat(i, rate, size) for i, rate in enumerate(rates)]
-    return point_of(ranks, 1, micro, accumulation, size, repeats, 2e6, 1e10)
+    return point_of(ranks, nodes, micro, accumulation, size, repeats, 2e6, 1e10)
 
 
 def bench(*points: Point, **changes: Any) -> Bench:

@@ -26,15 +26,22 @@ DEMO = ROOT / "configs" / "adabatch-digits.yaml"
 TRUTH = UpdateTime(per_image=1e-3, fixed=4e-3, within_latency=5e-4)
 
 
-def measured(folder: Path, ranks: tuple[int, ...] = (1, 2, 4), micro: int = 32) -> Path:
-    """A bench of a machine whose updates take what ``TRUTH`` says."""
+def measured(
+    folder: Path,
+    ranks: tuple[int, ...] = (1, 2, 4),
+    micro: int = 32,
+    truth: UpdateTime = TRUTH,
+    nodes: int = 1,
+) -> Path:
+    """A bench of a machine whose updates take what ``truth`` says."""
     folder.mkdir(parents=True)
     points = [
         point(
             count,
-            *(TRUTH.images_per_sec(count, steps, micro) * off for off in (1.001, 0.999, 1.0)),
+            *(truth.images_per_sec(count, steps, micro) * off for off in (1.001, 0.999, 1.0)),
             micro=micro,
             accumulation=steps,
+            nodes=min(nodes, count),
         )
         for count in ranks
         for steps in (1, 4)
@@ -69,6 +76,22 @@ def test_a_bench_tells_the_time_of_what_it_measured_and_of_what_lies_between(
         assert found.seconds(ranks, steps, 32) == pytest.approx(
             TRUTH.seconds(ranks, steps, 32), rel=0.1
         )
+
+
+def test_ranks_lie_on_nodes_as_they_did_when_they_were_measured(tmp_path: Path) -> None:
+    """Else two hosts with a rank each are taken for one, and their link costs nothing."""
+    _, alone = growth_of(settled_growth(config(measured(tmp_path / "one"))))
+    assert alone.ranks_per_node is None
+    link = UpdateTime(per_image=1e-3, fixed=4e-3, between_latency=2e-2, ranks_per_node=1)
+    two = measured(tmp_path / "two", (1, 2), truth=link, nodes=2)
+    asked = config(two)
+    _, apart = growth_of(settled_growth(asked))
+    assert apart.ranks_per_node == 1
+    found = UpdateTime(**apart.model_dump(exclude={"measured_ranks", "misfit"}))
+    assert found.seconds(2, 1, 32) == pytest.approx(link.seconds(2, 1, 32), rel=0.1)
+    ranks = asked.ranks.model_copy(update={"per_node": 2})
+    _, told = growth_of(settled_growth(asked.model_copy(update={"ranks": ranks})))
+    assert told.ranks_per_node == 2
 
 
 def test_what_is_settled_stays_as_it_is_and_loads_again(tmp_path: Path) -> None:
