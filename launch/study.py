@@ -30,12 +30,12 @@ from harness.report.fields import duration
 from harness.rundir import RunDirectory
 from harness.runlock import RunLock
 from harness.schedule.plan import build_plan
-from harness.study.cells import Arm, Cell, Study, alone, load_study
+from harness.study.cells import Arm, Cell, Study, alone, load_study, trial_text
 from harness.study.metrics import METRICS
 from harness.study.page import Results, write, write_index
 from harness.study.runs import Measured, measure, state
 from harness.wording import counted
-from harness.yamlfile import one_line, shown
+from harness.yamlfile import one_line
 from launch.graph import SubmitRequest
 from launch.slurm import MAX_POINTS
 from launch.submit import submit
@@ -370,7 +370,7 @@ class Runner:
         result = measure(run, None)
         accuracy = result.metrics.get("accuracy")
         words = "" if accuracy is None else f", accuracy {accuracy:.2%}"
-        trial = "" if cell.trial is None else f", {shown(cell.trial)}"
+        trial = "" if cell.trial is None else f", {trial_text(cell.trial)}"
         trial += " (trial)" * cell.tuning
         print(
             f"[{self._done}/{self._total}] {cell.arm}{trial}, seed {cell.seed}: {told}{words}; "
@@ -460,7 +460,7 @@ def _print_plan(found: Study, cells: Path, jobs: int) -> None:
         seconds += guess
         left += 0.0 if now in ("done", "diverged") else guess
         kind = "trial" if cell.tuning else "run"
-        value = "" if cell.trial is None or not cell.tuning else f", {shown(cell.trial)}"
+        value = "" if cell.trial is None or not cell.tuning else f", {trial_text(cell.trial)}"
         print(
             f"{kind}  {cell.arm}{value}, seed {cell.seed}: {totals['updates']:,} updates, "
             f"{totals['samples']:,} samples; {now}"

@@ -614,6 +614,27 @@ rank-time is spent waiting; idle is a stage's share.
 Even would be: batch.initial=60 batch.max=1020, or batch.micro=32."""
 
 
+@pytest.mark.parametrize(
+    ("batch", "more", "told"),
+    [
+        (718, (), "only 1 of 718 samples, at the rate of a whole batch. batch.epoch_end=carry"),
+        (718, (), "a batch of 719 shares the epoch evenly"),
+        (718, ("batch.epoch_end=carry",), None),
+        (719, (), None),
+        (512, (), None),  # 413 are left
+        (1437, (), None),
+        (1438, (), None),  # larger than the data set: always full
+    ],
+)
+def test_a_last_update_of_few_samples_is_told(
+    batch: int, more: tuple[str, ...], told: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = ("batch.growth={policy: fixed}", "batch.max=null", "lr.on_growth=1", "ranks.start=1")
+    text = table(capsys, *fixed, f"batch.initial={batch}", "batch.micro=1", *more)
+    assert ("last update of an epoch" in text) == (told is not None)
+    assert told is None or told in " ".join(text.split())
+
+
 def test_the_table_tells_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     text = table(capsys)
     assert rows(text) == [

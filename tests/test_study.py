@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from harness.rundir import RunDirectory
 from harness.scaling.interval import Interval
 from harness.study.cells import Arm, Cell, Study, load_study
 from harness.study.figure import mean_curve
+from harness.study.page import Results, edge_values
 from harness.study.runs import Measured, box_cox, measure, power_law, state
 from harness.study.schema import StudyFile, Target
 from harness.study.verdicts import Judge, critical_batch, judge, summed
@@ -133,7 +135,7 @@ class TestCells:
     def test_the_data_set_may_stand_for_its_size(self, tmp_path: Path) -> None:
         axes = {"batch.initial": ["dataset-size/4", "dataset-size"]}
         study = study_of(tmp_path, grid=axes, set={"train.duration": "1ep"})
-        assert study.grid == {"batch.initial": [359, 1437]}
+        assert study.grid == {"batch.initial": [360, 1437]}
         other = {"data": {"dataset": "mnist", "root": "."}}
         assert study_of(tmp_path, grid=axes, set=other).grid == {"batch.initial": [15000, 60000]}
 
@@ -159,6 +161,43 @@ class TestCells:
         finals = study.final_cells(chosen)
         assert [cell.arm.variant for cell in finals] == ["plain", "plain"]
         assert all(cell.config.lr.base == 0.2 for cell in finals)
+
+    def test_two_keys_are_tuned_together(self, tmp_path: Path) -> None:
+        pairs = [(0.1, 0.8), (0.2, 0.8), (0.1, 0.95), (0.4, 0.9)]
+        values = [{"lr.base": rate, "optimizer.momentum": m} for rate, m in pairs]
+        tune = {"key": "lr.base", "values": values, "seeds": [100]}
+        study = study_of(tmp_path, tune=tune, variants={"plain": {}})
+        trials = study.trial_cells()
+        found = [(one.config.lr.base, one.config.optimizer.momentum) for one in trials]
+        assert found == pairs
+        assert len({one.name for one in trials}) == 4
+        for cell in trials:
+            finished(cell.directory(tmp_path), 0.9 if cell.trial == values[1] else 0.5)
+        chosen = chosen_values(study, tmp_path)
+        assert chosen == {Arm("plain"): values[1]}
+        for cell in study.final_cells(chosen):
+            assert (cell.config.lr.base, cell.config.optimizer.momentum) == pairs[1]
+        results = Results(study, chosen)
+        assert edge_values(results) == ["plain (0.8)"]  # the momentum; the rate lies between
+
+    @pytest.mark.parametrize(
+        ("variants", "values", "message"),
+        [
+            ({"a": {"optimizer.momentum": 0.5}}, [{"lr.base": 1, "optimizer.momentum": 0.8}] * 2,
+             "stands there twice"),
+            ({"a": {"optimizer.momentum": 0.5}},
+             [{"lr.base": 1, "optimizer.momentum": 0.8}, {"lr.base": 2, "optimizer.momentum": 0.8}],
+             "variants.a: optimizer.momentum is what is tuned"),
+            ({"a": {}}, [{"lr.base": 1, "Momentum!": 0.8}, 2], "is no configuration key"),
+            ({"a": {}}, [{"lr.base": 1, "seed": 3}, 2], "seed is the study's own"),
+        ],
+    )  # fmt: skip
+    def test_keys_of_a_trial_are_checked_as_any(
+        self, variants: dict[str, Any], values: list[Any], message: str, tmp_path: Path
+    ) -> None:
+        tune = {"key": "lr.base", "values": values, "seeds": [100]}
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            study_of(tmp_path, tune=tune, variants=variants)
 
     def test_a_trial_that_has_diverged_is_never_chosen(self, tmp_path: Path) -> None:
         tune = {"key": "lr.base", "values": [0.1, 0.2], "seeds": [100]}

@@ -43,6 +43,13 @@ class Arm:
         return ", ".join([self.variant, *(f"{k.split('.')[-1]} {shown(v)}" for k, v in self.point)])
 
 
+def trial_text(trial: Any) -> str:
+    """What was tried, in words."""
+    if not isinstance(trial, dict):
+        return str(shown(trial))
+    return ", ".join(f"{key.split('.')[-1]} {shown(value)}" for key, value in trial.items())
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run."""
@@ -65,7 +72,7 @@ class Cell:
     @property
     def name(self) -> str:
         parts = [self.arm.variant, *(str(value) for _, value in self.arm.point)]
-        parts += [] if self.trial is None else [f"{shown(self.trial)}"]
+        parts += [] if self.trial is None else [trial_text(self.trial)]
         words = "-".join([*("tune" for _ in range(self.tuning)), *parts, f"seed{self.seed}"])
         return f"{plain_name(words)[:80]}-{self.digest}"
 
@@ -140,7 +147,7 @@ class Study:
     def _cell(self, arm: Arm, seed: int, trial: Any, tuning: bool) -> Cell:
         settings = {**self._settings(), **self.file.variants[arm.variant], **dict(arm.point)}
         if trial is not None and self.file.tune is not None:
-            settings[self.file.tune.key] = trial
+            settings |= self.file.tune.settings(trial)
         return Cell(arm, seed, self._config(arm, settings, seed), trial, tuning)
 
     def _config(self, arm: Arm, settings: Mapping[str, Any], seed: int) -> Config:
@@ -190,7 +197,7 @@ class Study:
 
 
 _WHOLE = re.compile(r"dataset-size(?:/([1-9][0-9]{0,5}))?")
-"""A number of training samples, or a whole share of it, where a number stands."""
+"""A number of training samples, or a share of it, where a number stands."""
 
 
 def _names_size(value: Any) -> bool:
@@ -205,7 +212,8 @@ def _with_size(value: Any, size: int) -> Any:
     if isinstance(value, list):
         return [_with_size(one, size) for one in value]
     found = _WHOLE.fullmatch(value) if isinstance(value, str) else None
-    return value if found is None else max(1, size // int(found[1] or 1))
+    # Rounded up: a batch of half the samples is two updates an epoch, not two and one of a sample.
+    return value if found is None else -(-size // int(found[1] or 1))
 
 
 def _size(path: Path, data: dict[str, Any], quick: bool) -> int:

@@ -12,7 +12,7 @@ from harness.files import read_text, write_atomic
 from harness.report.csvtext import to_csv
 from harness.report.fields import duration
 from harness.report.markdown import table, text_of
-from harness.study.cells import Arm, Cell, Study
+from harness.study.cells import Arm, Cell, Study, trial_text
 from harness.study.figure import draw
 from harness.study.metrics import METRICS
 from harness.study.runs import Measured
@@ -162,7 +162,7 @@ def _table(results: Results) -> str:
         row = [arm.variant, *(shown(value) for _, value in arm.point), runs]
         if tuned:
             value = results.chosen.get(study.tuned_at(arm))
-            row.append("–" if value is None else shown(value))
+            row.append("–" if value is None else trial_text(value))
         for name in study.file.table:
             mean = judge.mean(arm, name)
             few = len(judge.values(arm, name))
@@ -195,11 +195,20 @@ def _remarks(results: Results) -> Iterator[str]:
 
 def edge_values(results: Results) -> list[str]:
     """Arms whose best value is the first or last of those that were tried."""
-    found = []
+    found: list[str] = []
+    tune = results.study.file.tune
+    if tune is None:
+        return found
     for arm, value in results.chosen.items():
-        values = results.study.trials(arm.variant)
-        if value in (values[0], values[-1]):
-            found.append(f"{arm} ({shown(value)})")
+        tried = [tune.settings(one) for one in results.study.trials(arm.variant)]
+        ends = []
+        for key, best in tune.settings(value).items():
+            values = [one[key] for one in tried if key in one]
+            numbers = all(isinstance(one, int | float) for one in values)
+            first, last = (min(values), max(values)) if numbers else (values[0], values[-1])
+            ends += [best] * (best in (first, last))
+        if ends:
+            found.append(f"{arm} ({', '.join(map(str, map(shown, ends)))})")
     return found
 
 

@@ -118,7 +118,8 @@ class Tune(Section):
 
     key: Key
     values: Annotated[list[Any] | dict[str, list[Any]], PlainValidator(_trials)]
-    """A list for all variants, or a list for each of some: the others are not tuned."""
+    """A list for all variants, or a list for each of some: the others are not tuned. A value that
+    is a mapping with the key in it sets all its keys, so that two can be tuned together."""
     by: Metric = "accuracy"
     seeds: Seeds = [100]
     """Others than the study's, so that what is chosen is not flattered by chance."""
@@ -128,6 +129,11 @@ class Tune(Section):
     def trials(self, variant: str) -> list[Any]:
         values = self.values
         return values.get(variant, []) if isinstance(values, dict) else values
+
+    def settings(self, trial: Any) -> dict[str, Any]:
+        """What a trial sets: the key or, if it is a mapping with the key in it, all of that."""
+        whole = isinstance(trial, dict) and self.key in trial
+        return dict(trial) if whole else {self.key: trial}
 
 
 class Panel(Section):
@@ -313,22 +319,27 @@ class StudyFile(Section):
         return self
 
     def _check_overlaps(self) -> None:
-        tuned = {} if self.tune is None else {self.tune.key: None}
         for name, settings in self.variants.items():
+            trials = [] if self.tune is None else self.tune.trials(name)
+            tuned = {key for one in trials for key in self.tune.settings(one)} if self.tune else ()
             for key in settings:
                 if key in self.grid:
                     raise ValueError(f"variants.{name}: {key} is a key of the grid as well")
-                if key in tuned and self.tune is not None and self.tune.trials(name):
+                if key in tuned:
                     raise ValueError(f"variants.{name}: {key} is what is tuned")
-        for key in tuned:
-            if key in self.grid:
-                raise ValueError(f"tune.key: {key} is a key of the grid as well")
+            for key in tuned:
+                if key in self.grid:
+                    raise ValueError(f"tune: {key} is a key of the grid as well")
 
     def _check_tune(self) -> None:
         tune = self.tune
         if tune is None:
             return
         _check_key(tune.key)
+        lists = tune.values.values() if isinstance(tune.values, dict) else [tune.values]
+        for trial in (one for values in lists for one in values):
+            for key in tune.settings(trial):
+                _check_key(key)
         if isinstance(tune.values, dict):
             for name in tune.values:
                 self._check_variant("tune.values", name)
