@@ -88,7 +88,9 @@ def test_no_arm_is_faster_than_hindsight_by_more_than_its_grid() -> None:
 
 
 def reached(arm: str, seed: int, seconds: float, ranks: int = 1, hit: bool = True) -> Any:
-    return runs.Reached(seed, arm, hit, 3.0, 60, seconds, 0.0, seconds * ranks, 64, ranks, 0.98)
+    return runs.Reached(
+        "no limit", seed, arm, hit, 3.0, 60, seconds, 0.0, seconds * ranks, 64, ranks, 0.98
+    )
 
 
 def test_ratios_are_of_the_same_block() -> None:

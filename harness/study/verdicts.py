@@ -483,7 +483,7 @@ def show(metric: str, value: float, difference: bool = False) -> str:
         return f"{100 * value:.2f}{' points' if difference else ' %'}"
     if METRICS[metric].unit == "count" and abs(value) >= 100:
         return f"{value:,.0f}"
-    return general(value, 3)
+    return general(value, 3) + (" s" if METRICS[metric].unit == "s" else "")
 
 
 def spread(metric: str, interval: Interval, difference: bool = False) -> str:
