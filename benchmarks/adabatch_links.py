@@ -123,7 +123,7 @@ def page(runs: Sequence[Timed], duration: str) -> str:
         "",
         "The variants of [adabatch](adabatch.md) on two ranks, each with a host and a thread to",
         "itself, joined by a link without a limit (memory, in truth) or of the given rate. Time is",
-        f"that of the updates of {duration[:-2]} epochs. The speed-up is over the small fixed batch",
+        f"that of the updates of {duration[:-2]} epochs. Speed-up is over the fixed batch of 64",
         "at the same number of epochs, paired by repeat: geometric means with 95 % intervals over",
         f"{repeats} repeats (Student's t of logarithms).",
         "",

@@ -49,6 +49,37 @@ def test_own_parts_have_one_trajectory_on_any_ranks_and_after_a_kill(tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.parallel(2)
+def test_ranks_with_other_copies_of_a_file_are_refused(tmp_path: Path) -> None:
+    """Each rank finds parts.py in a folder of its own, as hosts that share no file system do."""
+    source = (EXAMPLES / "own" / "parts.py").read_text(encoding="utf-8")
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+        (tmp_path / rank / "parts.py").write_text(source, encoding="utf-8")
+    config = tmp_path / "own.yaml"
+    config.write_bytes((EXAMPLES / "own" / "own.yaml").read_bytes())
+    train = [sys.executable, "-m", "harness", "train", config, "train.duration=2up"]
+    script = 'PYTHONPATH="$1/$OMPI_COMM_WORLD_RANK" && export PYTHONPATH && shift && exec "$@"'
+    ranks = [tool("mpirun"), "--oversubscribe", "-np", "2", "sh", "-c", script, "sh", tmp_path]
+
+    def run(name: str) -> subprocess.CompletedProcess[str]:
+        command = [*ranks, *train, "ranks.start=2", "ranks.threads=1", "--run-dir", tmp_path / name]
+        return subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, timeout=200, check=False
+        )
+
+    same = run("same")
+    assert same.returncode == 0, same.stdout + same.stderr
+    with (tmp_path / "1" / "parts.py").open("a", encoding="utf-8") as file:
+        file.write("# later\n")
+    other = run("other")
+    assert other.returncode != 0
+    assert "parts.py: rank 1 on" in other.stderr
+    assert "has another one than rank 0; give every host the same copy" in other.stderr
+    assert "Traceback" not in other.stdout + other.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parallel(2)
 def test_a_loop_of_ones_own_on_two_ranks_killed_and_started_again(tmp_path: Path) -> None:
