@@ -237,6 +237,18 @@ def test_every_number_equals_an_independent_computation(tmp_path: Path) -> None:
     assert all(n["unit"] and n["source"] for n in read_summary(index)["runs"][0]["numbers"])
 
 
+def test_a_metric_of_the_user_is_told(tmp_path: Path) -> None:
+    run = Simulation().run()
+    for at, event in enumerate(one for one in run.events if one["kind"] == "evaluation"):
+        event["metric"] = 0.5 + at / 100
+    index = build_report([run.write(tmp_path / "run")])
+    numbers = numbers_of(index)
+    values = [one["metric"] for one in run.events if one["kind"] == "evaluation"]
+    assert numbers["final_test_metric"] == values[-1]
+    assert numbers["best_test_metric"] in values
+    assert f"train.metric in the end {values[-1]:.3g}" in index.read_text(encoding="utf-8")
+
+
 def test_the_stage_table_says_what_was_measured(tmp_path: Path) -> None:
     run = Simulation().run()
     index = build_report([run.write(tmp_path / "run")])

@@ -33,6 +33,8 @@ class Evaluation:
     loss: float | None
     accuracy: float | None
     accuracy_top5: float | None
+    metric: float | None = None
+    """Of the user's own (train.metric)."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ def _evaluation(event: Record) -> Evaluation:
         loss=number(event.get("loss")),
         accuracy=number(event.get("accuracy")),
         accuracy_top5=number(event.get("accuracy_top5")),
+        metric=number(event.get("metric")),
     )
 
 

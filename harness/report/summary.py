@@ -26,6 +26,7 @@ from harness.report.fields import (
     instant,
     percent,
     plural,
+    words,
 )
 from harness.report.runs import Evaluation, Run
 from harness.schedule.clock import Clock, Limit, updates_until
@@ -111,12 +112,11 @@ def _accuracy(run: Run) -> Iterator[Number]:
     lines = len(run.evaluations) if run.records.events else None
     at = "events.jsonl: {} of the {} evaluation"
     yield Number("evaluations", lines, "evaluations", "events.jsonl: lines of kind evaluation")
+    fields = [("accuracy", "fraction"), ("accuracy_top5", "fraction"), ("loss", "nats")]
+    if any(evaluation.metric is not None for evaluation in known):
+        fields.append(("metric", f"unit of {words(run.config('train', 'metric')) or 'the metric'}"))
     for key, which, evaluation in (("final", "last", final), ("best", "most accurate", best)):
-        for field, unit in (
-            ("accuracy", "fraction"),
-            ("accuracy_top5", "fraction"),
-            ("loss", "nats"),
-        ):
+        for field, unit in fields:
             value = getattr(evaluation, field)
             yield Number(f"{key}_test_{field}", value, unit, at.format(field, which))
         source = at.format("samples_seen", which)
