@@ -22,6 +22,7 @@ from matplotlib.ticker import (
 from harness.report.fields import clean, general
 from harness.report.figures import short
 from harness.report.svg import DASHES, Picture, render, series, settings
+from harness.scaling.interval import Interval
 from harness.study.cells import Arm, Point, Study
 from harness.study.metrics import METRICS
 from harness.study.runs import Array, Measured, column
@@ -122,6 +123,16 @@ def _scale(metric: str) -> float:
     return 100.0 if METRICS[metric].unit == "share" else 1.0
 
 
+def _ends(metric: str, interval: Interval) -> list[float]:
+    """Of an interval as it is drawn: those of shares end at 0 and 100 %. Empty if there is none."""
+    if interval.low is None or interval.high is None:
+        return []
+    ends = [interval.low, interval.high]
+    if METRICS[metric].unit == "share":
+        ends = [min(max(end, 0.0), 1.0) for end in ends]
+    return [_scale(metric) * end for end in ends]
+
+
 def _title(metric: str) -> str:
     kind = METRICS[metric]
     unit = {"share": ", %", "s": ", s"}.get(kind.unit, "")
@@ -140,8 +151,8 @@ def _points(axes: Axes, panel: Panel, study: Study, runs: Runs, looks: dict[str,
         interval = judge.mean(arm, panel.y)
         if interval is not None:
             axes.plot([scale * interval.value], [row], "o", color=colour, ms=5)
-        if interval is not None and interval.low is not None and interval.high is not None:
-            axes.plot([scale * interval.low, scale * interval.high], [row, row], color=colour)
+        if interval is not None and (ends := _ends(panel.y, interval)):
+            axes.plot(ends, [row, row], color=colour)
     axes.set_yticks(range(len(arms)), [clean(str(arm), 34) for arm in arms])
     axes.set_ylim(len(arms) - 0.4, -0.6)
     axes.yaxis.grid(False)
@@ -171,12 +182,9 @@ def _lines(axes: Axes, panel: Panel, study: Study, runs: Runs, looks: dict[str, 
             xs = [x for x, _ in known]
             ys = [scale * one.value for _, one in known]
             axes.plot(xs, ys, color=look.colour, linestyle=dash, marker="o", ms=3.5)
-            ends = [(x, one.low, one.high) for x, one in known if one.known]
-            for x, low, high in ends:
-                if low is not None and high is not None:
-                    axes.plot(
-                        [x, x], [scale * low, scale * high], color=look.colour, lw=1, alpha=0.6
-                    )
+            for x, one in known:
+                if ends := _ends(panel.y, one):
+                    axes.plot([x, x], ends, color=look.colour, lw=1, alpha=0.6)
     if numeric:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_minor_locator(NullLocator())

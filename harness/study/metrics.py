@@ -15,6 +15,8 @@ class MetricKind:
     unit: Literal["share", "count", "number", "s"] = "number"
     """share: of 1, shown in percent."""
     needs_target: bool = False
+    yes_or_no: bool = False
+    """1 or 0 of a run, so tables count runs."""
 
 
 METRICS: dict[str, MetricKind] = {
@@ -23,7 +25,7 @@ METRICS: dict[str, MetricKind] = {
     "error": MetricKind("final test error", "less", "share"),
     "test_loss": MetricKind("final test loss", "less"),
     "train_loss": MetricKind("training loss of the last epoch", "less"),
-    "diverged": MetricKind("diverged", "less", "share"),
+    "diverged": MetricKind("diverged", "less", "share", yes_or_no=True),
     "updates": MetricKind("updates", "less", "count"),
     "samples": MetricKind("samples", "less", "count"),
     "seconds": MetricKind("training time", "less", "s"),
@@ -32,7 +34,7 @@ METRICS: dict[str, MetricKind] = {
     "updates_to_target": MetricKind("updates to the target", "less", "count", needs_target=True),
     "samples_to_target": MetricKind("samples to the target", "less", "count", needs_target=True),
     "epochs_to_target": MetricKind("epochs to the target", "less", needs_target=True),
-    "reached": MetricKind("reached the target", "more", "share", needs_target=True),
+    "reached": MetricKind("reached the target", "more", "share", needs_target=True, yes_or_no=True),
     "noise_scale": MetricKind("noise scale, median of the run", "neither"),
     "noise_to_target": MetricKind(
         "noise scale, median up to the target", "neither", needs_target=True

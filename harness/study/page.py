@@ -163,14 +163,21 @@ def _table(results: Results) -> str:
         if tuned:
             value = results.chosen.get(study.tuned_at(arm))
             row.append("–" if value is None else trial_text(value))
-        for name in study.file.table:
-            mean = judge.mean(arm, name)
-            few = len(judge.values(arm, name))
-            less = f" ({few} of {len(over)})" if mean is not None and few < len(over) else ""
-            told = "–" if mean is None else show(name, mean.value)
-            row.append((spread(name, mean) if mean and mean.known else told) + less)
+        row += [_cell(judge, arm, name, len(over)) for name in study.file.table]
         rows.append(row)
     return table(header, rows)
+
+
+def _cell(judge: Judge, arm: Arm, name: str, runs: int) -> str:
+    """A metric of an arm, mean and interval, or how many of its runs."""
+    values = judge.values(arm, name)
+    if METRICS[name].yes_or_no:
+        return f"{sum(values.values()):.0f} of {runs}"
+    mean = judge.mean(arm, name)
+    if mean is None:
+        return "–"
+    told = spread(name, mean) if mean.known else show(name, mean.value)
+    return told + (f" ({len(values)} of {runs})" if len(values) < runs else "")
 
 
 def _heading(name: str) -> str:
