@@ -6,6 +6,7 @@ What it says of machines on which something is broken is in test_doctor_broken.p
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import struct
@@ -226,6 +227,18 @@ def test_versions_are_those_of_the_packages() -> None:
     torch = pytest.importorskip("torch")
     assert found()["torch"].facts["version"] == torch.__version__
     assert found()["Python"].text.startswith(f"{sys.version.split()[0]}, ")
+
+
+def test_what_is_looked_at_loads() -> None:
+    """Of an environment in which training works nothing is warned of."""
+    for name in ("torch", "torchvision"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    told = found(quick=False)
+    assert {name: told[name].status for name in ("torch", "torchvision")} == {
+        "torch": "ok",
+        "torchvision": "ok",
+    }
 
 
 def test_what_is_missing_is_said_with_what_to_do(

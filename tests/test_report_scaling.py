@@ -20,6 +20,7 @@ from harness.report.columns import read_columns
 from harness.report.goodput import goodputs_of, statistical_efficiency
 from harness.report.runs import load_run
 from harness.report.scaling import Point, series_of
+from harness.report.sections import scaling_sentences
 from harness.report.timing import timing_of_run
 from harness.report.waiting import exchange_of
 
@@ -164,6 +165,28 @@ def test_ideal_scaling_has_no_knee_and_a_plateau_has_one() -> None:
     rates = {1: 100.0, 2: 190.0, 4: 300.0, 8: 320.0}
     (flat,) = series_of("x", "t", [point(n, rate) for n, rate in rates.items()], "weak")
     assert flat.knee() == 4
+
+
+@pytest.mark.parametrize(
+    ("rates", "half", "knee", "told"),
+    [
+        ({1: 100.0, 2: 190.0, 4: 300.0, 8: 320.0}, 5.0, 4, True),
+        ({1: 100.0, 2: 190.0, 4: 300.0, 8: 320.0}, 20.0, 4, False),  # 300 − 190 may be under 100
+        ({1: 100.0, 2: 110.0}, 20.0, 1, True),  # 10 of at least 50, ± 28
+        ({1: 100.0, 2: 110.0}, 40.0, 1, False),
+        ({1: 100.0, 2: 200.0, 4: 390.0}, 10.0, None, True),
+        ({1: 100.0, 2: 200.0, 4: 310.0}, 10.0, None, False),
+        ({1: 100.0, 2: 110.0, 4: 111.0}, None, 1, True),  # no intervals
+    ],
+)
+def test_a_knee_within_the_scatter_is_not_told(
+    rates: dict[int, float], half: float | None, knee: int | None, told: bool
+) -> None:
+    points = [point(n, rate, half) if half else point(n, rate) for n, rate in rates.items()]
+    (one,) = series_of("x", "t", points, "weak")
+    assert (one.knee(), one.knee_is_told()) == (knee, told)
+    sentence = scaling_sentences(one, "", None)[1]
+    assert ("differ too much to tell" in sentence) == (not told)
 
 
 def test_the_interval_of_an_efficiency_is_that_of_a_quotient() -> None:

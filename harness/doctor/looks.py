@@ -38,7 +38,7 @@ print("@", json.dumps({
 """
 TORCHVISION = """
 import json
-from harness.models.torchvision_ops import import_tolerantly
+from harness.torchvision_ops import import_tolerantly
 print("@", json.dumps({"version": import_tolerantly("torchvision").__version__}))
 """
 HOROVOD = f"""{_LIBMPI}

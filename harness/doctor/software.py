@@ -21,6 +21,9 @@ from harness.doctor.findings import Finding, Status
 from harness.doctor.looks import HOROVOD, MPI4PY, TORCH, TORCHVISION, Look, look
 
 _SETUP = "make setup (in a checkout)"
+_TORCH = (
+    f'{_SETUP}; or pip install -c "$(python -m launch.bootstrap --constraints)" torch torchvision'
+)
 _HOROVOD = "python -m launch.bootstrap --horovod-only"
 _MPI4PY = "pip install --force-reinstall --no-cache-dir --no-binary mpi4py mpi4py"
 _LEAST = (3, 11)
@@ -82,7 +85,7 @@ def _python() -> Finding:
 def _torch(known: str | None, seen: Look | None) -> Finding:
     if known is None:
         text = "not installed; plan, config, submit and report do without"
-        return Finding("torch", text, "missing", _SETUP, facts={"version": None})
+        return Finding("torch", text, "missing", _TORCH, facts={"version": None})
     facts: dict[str, Any] = {"version": known}
     if seen is None:
         return Finding("torch", f"{known}, not tried", facts=facts)
@@ -99,7 +102,7 @@ def _torchvision(known: str | None, seen: Look | None) -> Finding:
     facts = {"version": known}
     if known is None:
         text = "not installed; models of torchvision and images on disk need it"
-        return Finding("torchvision", text, "warning", _SETUP, facts=facts)
+        return Finding("torchvision", text, "warning", _TORCH, facts=facts)
     if seen is not None and seen.failure:
         text = f"{known}: importing it {_said(seen.failure)}"
         remedy = "pip install --force-reinstall torchvision (of the release that fits this torch)"

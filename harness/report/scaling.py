@@ -90,6 +90,28 @@ class Series:
         """That of the throughput, as ``knee_of`` has it."""
         return knee_of(self.points, [point.images_per_sec for point in self.points])
 
+    def knee_is_told(self) -> bool:
+        """Whether each step up to the knee adds more or less than half of a rank's speed by more
+        than its interval is wide. Steps between points without intervals are taken as they are."""
+        found = self.knee()
+        alone = self.first.images_per_sec / self.first.ranks
+        for before, after in pairwise(self.points):
+            spreads = [_relative(point) for point in (before, after)]
+            if None in spreads:
+                continue
+            gain = after.images_per_sec - before.images_per_sec
+            halves = [
+                spread * point.images_per_sec
+                for spread, point in zip(spreads, (before, after), strict=True)
+                if spread is not None
+            ]
+            enough = HALF * alone * (after.ranks - before.ranks)
+            if abs(gain - enough) < math.hypot(*halves):
+                return False
+            if before.ranks == found:
+                break
+        return True
+
 
 def knee_of(points: Sequence[Point], speeds: Sequence[float]) -> int | None:
     """The most ranks up to which every further one bought half of a rank's speed or more; None if

@@ -41,17 +41,7 @@ def scaling_sentences(one: Series, model: Modelled | str, goodput: Goodputs | No
         f"{general(last.point.images_per_sec)} against {general(first.images_per_sec)} images/s; "
         f"efficiency {percent(last.efficiency)}{interval}."
     ]
-    knee = one.knee()
-    if knee is not None:
-        found.append(
-            f"The knee of throughput lies at {plural(knee, 'rank')}: a further one adds less than "
-            f"{'half' if HALF == 0.5 else percent(HALF)} of what one alone does."
-        )
-    else:
-        found.append(
-            f"Up to {count(last.point.ranks)} ranks, the most measured, each further rank added at "
-            "least half of what one alone does."
-        )
+    found.append(_knee_sentence(one))
     if goodput is not None:
         found.append(
             f"At a noise scale of {general(goodput.noise)} samples, goodput is largest with "
@@ -61,6 +51,28 @@ def scaling_sentences(one: Series, model: Modelled | str, goodput: Goodputs | No
     if isinstance(model, Modelled):
         found += model.sentences
     return found
+
+
+def _knee_sentence(one: Series) -> str:
+    knee, half = one.knee(), "half" if HALF == 0.5 else percent(HALF)
+    if not one.knee_is_told():
+        where = (
+            f"within {count(one.points[-1].ranks)} ranks" if knee is None
+            else f"at {plural(knee, 'rank')} or beyond"
+        )  # fmt: skip
+        return (
+            "The repeats differ too much to tell whether the knee of throughput, past which a rank "
+            f"adds less than {half} of what one alone does, lies {where}."
+        )
+    if knee is not None:
+        return (
+            f"The knee of throughput lies at {plural(knee, 'rank')}: a further one adds less than "
+            f"{half} of what one alone does."
+        )
+    return (
+        f"Up to {count(one.points[-1].ranks)} ranks, the most measured, each further rank added at "
+        f"least {half} of what one alone does."
+    )
 
 
 def time_sentence(timing: Timing | None, found: list[Finding]) -> list[str]:

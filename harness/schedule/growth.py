@@ -5,7 +5,7 @@ stages: it rounds, holds the batch below the cap, keeps it from shrinking, and c
 policies here know the whole run beforehand; those that decide from what training measures are in
 ``harness.schedule.measured``. All are plain objects that need neither torch nor a configuration.
 
-Example, in a loop of one's own::
+Example, in a loop of one's own:
 
     scheduler = StageScheduler(Geometric(64, 2.0, Duration.parse("5ep")), cap=1024)
     clock = Clock(samples=0, updates=0, dataset_size=50_000)

@@ -115,7 +115,7 @@ def markdown(results: Results) -> str:
         wanted = len(study.arms) * len(study.seeds)
         parts.append(f"**Incomplete**: {len(results.runs)} of {wanted} runs are over.")
     parts += ["## Findings", *_findings(found, study)]
-    if study.file.discussion:
+    if study.file.discussion and not study.quick:  # it speaks of the whole study
         parts += ["## Discussion", *map(_wrapped, study.file.discussion.strip().split("\n\n"))]
     parts += ["## Figure", f"![{text_of(study.file.title)}]({study.name}.svg)"]
     parts += ["## Table", _table(results), *_remarks(results)]
@@ -243,8 +243,8 @@ def _made(results: Results) -> Iterator[str]:
     study = results.study
     runs = [*results.runs.values(), *(run for _, run in results.trials)]
     seconds = sum(run.metrics.get("seconds") or 0.0 for run in runs)
-    quick = " --quick" if study.quick else ""
-    yield f"```\nharness study {_relative(study.path)}{quick} --results docs/studies\n```"
+    options = "--quick" if study.quick else "--results docs/studies"
+    yield f"```\nharness study {_relative(study.path)} {options}\n```"
     text = (
         f"{counted(len(results.runs), 'run')} and {counted(len(results.trials), 'trial')}, "
         f"{duration(seconds)} of training in all"
