@@ -462,9 +462,8 @@ def _segments(config: Config, plan: Plan) -> Iterator[str]:
 
 
 def _remainders(config: Config, plan: Plan) -> Iterator[str]:
-    """Few samples at the end of an epoch get the rate of a whole batch, which is too much for what
-    is left of it to be an average over: 1 of 718 each epoch kept LeNet-5 on the digits from
-    training at all."""
+    """Few samples at the end of an epoch get the rate of a whole batch, far too much for an average
+    over so few: with 1 of 718 in each epoch nothing trains (docs/studies/lars.md)."""
     if config.batch.epoch_end == "carry":
         return
     size = plan.dataset_size
