@@ -59,4 +59,6 @@ def main(directory: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: own_loop.py DIR, where its checkpoints go and are found again")
     main(sys.argv[1])

@@ -36,8 +36,12 @@ def main() -> int:
         request = json.loads(line)
         code, said = _train(Path(request["config"]), Path(request["run_dir"]), stop)
         answer = {"run_dir": request["run_dir"], "code": code, "said": said}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        try:
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+        except BrokenPipeError:  # who asked was killed; the run's directory has all that counts
+            os.dup2(os.open(os.devnull, os.O_WRONLY), answers.fileno())
+            return code
         gc.collect()
         if code == StoppedEarly.exit_code:
             return code

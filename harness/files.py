@@ -27,6 +27,8 @@ def write_all(fd: int, content: bytes, path: Path) -> None:
 def open_regular(path: Path) -> IO[bytes]:
     """Open a file for reading. Raises OSError, for a pipe or a device too: who waits for somebody
     to write into it, or reads it to its end, may do so for ever."""
+    if "\0" in str(path):
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()

@@ -111,6 +111,8 @@ def init(request: InitRequest, ask: TextIO | None) -> int:
     ``ask``: where answers come from; None: there is nobody to ask. Raises UsageError, ConfigError,
     DataError for answers that are none, and if the file is there already.
     """
+    if not 0 < request.seconds <= 3600:
+        raise UsageError(f"--seconds {request.seconds:g}: must be more than 0 and at most 3600")
     if request.out is not None:
         _check_new(request.out, request.force)
     answers = _answers(request, ask)

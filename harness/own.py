@@ -50,7 +50,7 @@ def find(key: str, name: str) -> Callable[..., Any]:
     look_in(None)  # a console script does not search the current directory
     try:
         module = import_tolerantly(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _import_failed(key, name, error) from error
     try:
         found: object = module
@@ -66,16 +66,16 @@ def find(key: str, name: str) -> Callable[..., Any]:
     return found
 
 
-def _import_failed(key: str, name: str, error: Exception) -> ConfigError:
+def _import_failed(key: str, name: str, error: BaseException) -> ConfigError:
     module_name = name.partition(":")[0]
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing and f"{module_name}.".startswith(f"{missing}."):
-        places = ", ".join(place for place in sys.path if place and _is_own(place))
+        places = ", ".join(place for place in sys.path if os.path.isdir(place) and _is_own(place))
         return ConfigError(
             f"{key} {name}: there is no module {missing}, neither installed nor in {places}"
         )
     return ConfigError(
-        f"{key} {name}: importing {module_name} raised {type(error).__name__}: {error}{_at(error)}"
+        f"{key} {name}: importing {module_name} raised {type(error).__name__}: {error}{at(error)}"
     )
 
 
@@ -83,17 +83,18 @@ def _import_failed(key: str, name: str, error: Exception) -> ConfigError:
 def calling(key: str, name: str, doing: str) -> Iterator[None]:
     """Around a call of what is the user's: raises ConfigError for what it raises.
 
-    Errors of the harness go through, and so does a lack of memory, which is not the user's.
+    Errors of the harness go through, and so does a lack of memory, which is not the user's. A
+    sys.exit() in it is an error as any: the run is not done.
     """
     try:
         yield
     except (HarnessError, MemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if type(error).__name__ == "OutOfMemoryError":
             raise
         raise ConfigError(
-            f"{key} {name}: {doing} raised {type(error).__name__}: {error}{_at(error)}"
+            f"{key} {name}: {doing} raised {type(error).__name__}: {error}{at(error)}"
         ) from error
 
 
@@ -155,7 +156,7 @@ def files(names: Mapping[str, str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def _at(error: BaseException) -> str:
+def at(error: BaseException) -> str:
     """The user's own line that an error comes from, in words; empty if there is none."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if os.path.isabs(frame.filename) and _is_own(frame.filename):

@@ -135,6 +135,9 @@ def train(
         if (comm is None or comm.rank == 0) and not environment.relays_progress():
             print(f"harness: {stopped}", file=sys.stderr)
         code = _leave(stopped.exit_code, comm)
+    except SystemExit as left:  # of a part of the user's: with 0, the run would pass for done
+        error = HarnessError(f"a part of the run called sys.exit({left.code!r}){own.at(left)}")
+        code = leave_last_words(error, _rank(comm))
     except Exception as error:
         code = leave_last_words(error, _rank(comm))
     else:

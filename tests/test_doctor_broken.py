@@ -22,6 +22,7 @@ from support import ROOT, require
 from testbed import Testbed, missing_for_testbed
 
 from harness.doctor.looks import HOROVOD, look
+from harness.doctor.storage import storage
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ranks_available")]
 
@@ -288,3 +289,11 @@ def test_a_host_that_does_not_see_the_directory(bed: Testbed) -> None:
     assert (code, broken(checks)) == (1, {"n2"})
     assert checks["hosts"]["n2"]["text"].startswith("does not see /run/mine")
     assert "file system that all hosts share" in checks["hosts"]["n2"]["remedy"]
+
+
+def test_a_directory_inside_a_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "runs"):
+        (found,) = storage(place)
+        assert found.status == "missing"
+        assert found.text == f"{tmp_path / 'file'} is not a directory"

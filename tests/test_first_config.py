@@ -114,6 +114,13 @@ def test_what_is_written_is_valid_for_editors_too(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first.yaml", "harness.schema.json"]
 
 
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 0.0, -1.0])
+def test_what_is_measured_for_no_time_is_refused(seconds: float, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--seconds .*: must be more than 0 and at most 3600"):
+        init(InitRequest(tmp_path / "first.yaml", yes=True, seconds=seconds), None)
+    assert not (tmp_path / "first.yaml").exists()
+
+
 def test_nothing_is_overwritten_unless_it_is_asked_for(tmp_path: Path) -> None:
     out = tmp_path / "first.yaml"
     out.write_text("mine")

@@ -131,6 +131,20 @@ def detached(logits, targets):
     return functional.cross_entropy(logits.detach(), targets)
 
 
+class Leaver(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(784, 10)
+
+    def forward(self, images):
+        if len(images) > 2:
+            raise SystemExit(0)
+        return super().forward(images.flatten(1))
+
+
+def leaves(logits, targets):
+    raise SystemExit(0)
+
+
 def narrow(logits):
     return logits.sum()
 
@@ -188,11 +202,12 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "ownmine.py").write_text(MINE, encoding="utf-8")
+    (folder / "ownquits.py").write_text("import sys\nsys.exit(0)\n", encoding="utf-8")
     (folder / "ownbroken.py").write_text("import os\nraise KeyError('x')\n", encoding="utf-8")
     monkeypatch.setattr(sys, "path", list(sys.path))
     own.look_in(str(folder))
     yield folder
-    for name in ("ownmine", "ownbroken", "ownhelper"):
+    for name in ("ownmine", "ownbroken", "ownquits", "ownhelper"):
         sys.modules.pop(name, None)
 
 
@@ -444,6 +459,11 @@ def test_every_reduction_becomes_a_sum_over_samples(settings: dict[str, Any]) ->
             r"importing ownbroken raised KeyError: 'x' \(.*broken\.py, line 2\)",
         ),
         (
+            {"loss": "ownquits:x"},
+            r"importing ownquits raised SystemExit: 0 \(.*quits\.py, line 2\)",
+        ),
+        ({"loss": "ownmine:leaves"}, r"calling it raised SystemExit: 0 \(.*ownmine\.py, line"),
+        (
             {"loss": "ownnowhere:x"},
             "there is no module ownnowhere, neither installed nor in .*mine",
         ),
@@ -630,3 +650,17 @@ def test_errors_of_the_harness_and_lack_of_memory_are_no_fault_of_the_user() -> 
     for error in (HarnessError("x"), MemoryError(), torch.OutOfMemoryError("cuda")):
         with pytest.raises(type(error)), own.calling("model.name", "a:b", "calling it"):
             raise error
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("mine")
+def test_a_model_that_calls_exit_as_it_trains_has_not_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["model.name=ownmine:Leaver", "model.options={}", "comm.backend=solo", "ranks.start=1"]
+    config = str(ROOT / "configs" / "adabatch-digits.yaml")
+    assert main(["train", config, *words, "--run-dir", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert "a part of the run called sys.exit(0)" in said
+    assert "ownmine.py, line " in said
+    assert "Traceback" not in said

@@ -198,3 +198,8 @@ def test_another_model_s_times_are_told(tmp_path: Path) -> None:
     other = made.model_copy(update={"model": made.model.model_copy(update={"name": "resnet20"})})
     (told,) = told_otherwise(other)
     assert "was measured with model.name lenet5 (this plan: resnet20)" in told
+
+
+def test_a_directory_with_a_nul_in_its_name_is_not_there() -> None:
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        settled_growth(config(Path("a\0b")))

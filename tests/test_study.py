@@ -180,6 +180,17 @@ class TestCells:
         results = Results(study, chosen)
         assert edge_values(results) == ["plain (0.8)"]  # the momentum; the rate lies between
 
+    def test_null_is_tried_as_any_value(self, tmp_path: Path) -> None:
+        tune = {"key": "batch.max", "values": [None, 512], "seeds": [100]}
+        base = {"train.duration": "1ep", "batch.initial": 256, "batch.micro": 64, "batch.max": 256}
+        study = study_of(tmp_path, tune=tune, variants={"plain": {}}, set=base)
+        trials = study.trial_cells()
+        assert [one.config.batch.max for one in trials] == [None, 512]
+        for cell in trials:
+            finished(cell.directory(tmp_path), 0.9 if cell.config.batch.max is None else 0.5)
+        finals = study.final_cells(chosen_values(study, tmp_path))
+        assert [one.config.batch.max for one in finals] == [None, None]
+
     @pytest.mark.parametrize(
         ("variants", "values", "message"),
         [
@@ -438,9 +449,28 @@ def test_a_limit_is_where_a_variant_first_fails(tmp_path: Path) -> None:
         ),
         (
             {"tune": {"key": "lr.base", "values": [0.1, 0.2], "seeds": [0]}},
-            "tune.seeds: must be others",
+            "tune.seeds: the seeds of tune must be others",
         ),
+        ({"tune": {"key": "lr.base", "values": {}}}, "tune.values: must be a list of two or more"),
+        ({"tune": {"key": "lr.base", "values": [1]}}, "for each variant, not of one"),
+        ({"tune": {"key": "lr base", "values": [1, 2]}}, "tune.key: 'lr base' is no configuration"),
+        (
+            {"tune": {"key": "lr.base", "values": [0.1, 0.2], "seeds": [5, 5]}},
+            "tune.seeds: 5 stands there twice",
+        ),
+        (
+            {"tune": {"key": "lr.base", "values": [0.1, 0.2]}, "quick": {"seeds": [100]}},
+            "quick.seeds: the seeds of tune must be others",
+        ),
+        ({"tune": {"key": "lr.base", "values": [1, 2], "by": ["error"]}}, "must be one of"),
+        ({"table": [["accuracy"]]}, "must be one of accuracy"),
+        ({"table": [{"accuracy": 1}]}, "must be one of accuracy"),
+        ({"base": "a" * 900}, "base: no such file"),
         ({"grid": {"lr.base": list(range(1, 6000))}}, "runs are more than 10,000"),
+        (
+            {"grid": {key: list(range(1, 9000)) for key in ("lr.base", "lr.min", "lr.max")}},
+            "2,915,028,107,996 runs are more than 10,000",
+        ),
     ],
 )
 def test_a_bad_file_is_answered_in_one_message(
@@ -639,6 +669,28 @@ def test_the_fewest_runs_of_a_quick_study_end_to_end(tmp_path: Path) -> None:
     gathered = command(*words, "--gather", "--results", results)
     assert gathered.code == 0, gathered.err
     assert {p.name: p.read_bytes() for p in results.iterdir()} == before
+
+
+def test_a_worker_whose_study_was_killed_ends_without_a_word(tmp_path: Path) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-m", "harness.cells"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdout.close()
+    request = {"config": str(tmp_path / "none.yaml"), "run_dir": str(tmp_path / "run")}
+    child.stdin.write(json.dumps(request) + "\n")
+    child.stdin.flush()
+    code = child.wait(120)
+    assert child.stderr is not None
+    assert child.stderr.read() == ""
+    assert code == 2
+    child.stdin.close()
+    child.stderr.close()
 
 
 def test_bad_requests_are_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -188,12 +189,14 @@ class Study:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(trials, runs that are compared)."""
-        trials = 0
-        if self.file.tune is not None:
-            arms = dict.fromkeys(self.tuned_at(arm) for arm in self.arms)
-            trials = sum(len(self.trials(a.variant)) for a in arms) * len(self.file.tune.seeds)
-        return trials, len(self.arms) * len(self.seeds)
+        """(trials, runs that are compared), counted without making any: a grid may be too large
+        for that."""
+        points = math.prod(len(values) for values in self.grid.values())
+        trials, tune = 0, self.file.tune
+        if tune is not None:
+            tried = sum(len(self.trials(variant)) for variant in dict.fromkeys(self.variants))
+            trials = tried * (points if tune.at is None else 1) * len(tune.seeds)
+        return trials, len(self.variants) * points * len(self.seeds)
 
 
 _WHOLE = re.compile(r"dataset-size(?:/([1-9][0-9]{0,5}))?")
@@ -244,6 +247,13 @@ def unique(cells: Iterator[Cell] | Sequence[Cell]) -> list[Cell]:
     return list({cell.digest: cell for cell in reversed(list(cells))}.values())[::-1]
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for any file
+        return False
+
+
 def load_study(path: Path, quick: bool = False) -> Study:
     """Read a study's file, and see that all its runs can be had.
 
@@ -261,7 +271,7 @@ def load_study(path: Path, quick: bool = False) -> Study:
         raise ConfigError(explain(error, document, path, StudyFile)) from None
     study = Study(path, file, quick)
     base = path.parent / file.base
-    if not base.is_file():
+    if not _is_file(base):
         raise ConfigError(f"{path}: base: no such file: {one_line(str(base), 300)}")
     trials, finals = study.size
     if trials + finals > MOST_CELLS:

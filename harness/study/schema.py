@@ -52,11 +52,16 @@ def _axes(value: object) -> dict[str, list[Any]]:
 
 
 def _check_unique(what: str, values: Iterable[object]) -> None:
-    seen: list[object] = []
+    seen: set[tuple[type, object]] = set()
+    others: list[object] = []  # mappings and lists, of which there are few
     for value in values:
-        if any(value == other and type(value) is type(other) for other in seen):
-            raise ValueError(f"{what}: {shown(value)} stands there twice")
-        seen.append(value)
+        plain = not isinstance(value, dict | list)
+        if (type(value), value) in seen if plain else value in others:
+            raise ValueError(f"{what}{': ' * bool(what)}{shown(value)} stands there twice")
+        if plain:
+            seen.add((type(value), value))
+        else:
+            others.append(value)
 
 
 def _variants(value: object) -> dict[str, dict[str, Any]]:
@@ -73,20 +78,23 @@ def _variants(value: object) -> dict[str, dict[str, Any]]:
 
 
 def _metric(value: object) -> str:
-    if value not in METRICS:
+    if not isinstance(value, str) or value not in METRICS:
         raise ValueError(f"must be one of {', '.join(METRICS)}, not {shown(value)}")
-    return str(value)
+    return value
 
 
 def _trials(value: object) -> list[Any] | dict[str, list[Any]]:
     groups: dict[Any, Any] = value if isinstance(value, dict) else {"": value}
+    if not groups:
+        raise ValueError("must be a list of two or more values, or such a list for each variant")
     for name, values in groups.items():
         if not isinstance(values, list) or len(values) < 2:
+            few = isinstance(values, list) and values
             raise ValueError(
                 f"must be a list of two or more values, or such a list for each variant, not "
-                f"{shown(values if name else value)}"
+                f"{'of one' if few else shown(values)}"
             )
-        _check_unique(str(name) or "values", values)
+        _check_unique(str(name), values)
     if len({len(values) for values in groups.values()}) > 1:
         told = ", ".join(f"{name} {len(values)}" for name, values in groups.items())
         raise ValueError(f"each variant must have the same number of trials, not {told}")
@@ -127,8 +135,11 @@ class Tune(Section):
     """A point of the grid at which it is chosen for all points; null: at each point by itself."""
 
     def trials(self, variant: str) -> list[Any]:
+        """What is tried for a variant. A null is a value as any other; alone, it would stand for
+        no trial at all."""
         values = self.values
-        return values.get(variant, []) if isinstance(values, dict) else values
+        found = values.get(variant, []) if isinstance(values, dict) else values
+        return [{self.key: None} if value is None else value for value in found]
 
     def settings(self, trial: Any) -> dict[str, Any]:
         """What a trial sets: the key or, if it is a mapping with the key in it, all of that."""
@@ -335,20 +346,30 @@ class StudyFile(Section):
         tune = self.tune
         if tune is None:
             return
-        _check_key(tune.key)
+        _check_unique("tune.seeds", tune.seeds)
+        self._check_tune_key("tune.key", tune.key)
         lists = tune.values.values() if isinstance(tune.values, dict) else [tune.values]
         for trial in (one for values in lists for one in values):
             for key in tune.settings(trial):
-                _check_key(key)
+                self._check_tune_key("tune.values", key)
         if isinstance(tune.values, dict):
             for name in tune.values:
                 self._check_variant("tune.values", name)
-        if set(tune.seeds) & set(self.seeds):
-            raise ValueError(
-                "tune.seeds: must be others than the study's seeds, or what is chosen is flattered"
-            )
+        for place, seeds in (("tune.seeds", self.seeds), ("quick.seeds", self.quick.seeds or [])):
+            if set(tune.seeds) & set(seeds):
+                raise ValueError(
+                    f"{place}: the seeds of tune must be others than those of the study, or what "
+                    "is chosen is flattered"
+                )
         if tune.at is not None:
             self._check_point("tune.at", tune.at, self.grid)
+
+    @staticmethod
+    def _check_tune_key(place: str, key: object) -> None:
+        try:
+            _check_key(key)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
 
     def _check_panel(self, place: str, panel: Panel) -> None:
         if panel.kind == "curves":
