@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from harness.errors import DataError
-from harness.files import read_text
+from harness.files import is_file, read_text
 from harness.jsonl import write_json
 from harness.lenient import LARGEST
 
@@ -127,7 +127,7 @@ def point_name(ranks: int, accumulation: int, micro_batch: int, global_batch: in
 
 def holds_bench(path: Path) -> bool:
     """Whether a path is a bench directory."""
-    return (path / NAME).is_file()
+    return is_file(path / NAME)
 
 
 def write_bench(directory: Path, bench: Bench) -> None:

@@ -230,7 +230,7 @@ _RULES = {
     "less_than": "less than {lt}",
     "literal_error": "{expected}",
     "list_type": "a list",
-    "too_short": "a list of at least {min_length} entry",
+    "too_short": "a list of {min_length} or more",
     "model_type": "a mapping of keys",
     "model_attributes_type": "a mapping of keys",
 }

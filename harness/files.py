@@ -24,6 +24,14 @@ def write_all(fd: int, content: bytes, path: Path) -> None:
         written += more
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; False too for a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def open_regular(path: Path) -> IO[bytes]:
     """Open a file for reading. Raises OSError, for a pipe or a device too: who waits for somebody
     to write into it, or reads it to its end, may do so for ever."""

@@ -19,7 +19,7 @@ from rich.measure import Measurement as Width
 from rich.table import Table
 
 from harness.errors import UsageError
-from harness.files import read_text
+from harness.files import is_file, read_text
 from harness.lenient import number, pick
 from harness.wording import counted
 from harness.yamlfile import one_line
@@ -130,7 +130,7 @@ class Results:
 
 def holds_probe(path: Path) -> bool:
     """Whether a path is a probe directory."""
-    return (path / NAME).is_file()
+    return is_file(path / NAME)
 
 
 def read_results(path: Path) -> Results:

@@ -293,7 +293,7 @@ class Runner:
                 child.wait()
                 answer = {
                     "code": child.returncode,
-                    "said": f"its process ended: {child.returncode}",
+                    "said": f"its process ended: {_ending(child.returncode)}",
                 }
             self._ended(cell, answer)
         if child is not None:
@@ -377,6 +377,16 @@ class Runner:
             f"about {duration(rest)} to go",
             flush=True,
         )
+
+
+def _ending(code: int) -> str:
+    """Of a process, in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:  # one of the real-time ones
+        return f"signal {-code}"
 
 
 def _ask(child: subprocess.Popen[str], request: dict[str, str]) -> dict[str, Any] | None:

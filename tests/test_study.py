@@ -426,7 +426,7 @@ def test_a_limit_is_where_a_variant_first_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": []}, "seeds: must be a list of at least 1 entry"),
+        ({"seeds": []}, "seeds: must be a list of 1 or more"),
         ({"seeds": [1, 1]}, "seeds: 1 stands there twice"),
         ({"seedz": [1]}, "seedz: unknown key"),
         ({"title": None}, "title: missing, but needed"),

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from harness.config import explain, load_config
 from harness.data_sizes import train_size
 from harness.errors import ConfigError
+from harness.files import is_file
 from harness.lenient import pick
 from harness.rundir import RunDirectory
 from harness.schema import Config
@@ -247,13 +248,6 @@ def unique(cells: Iterator[Cell] | Sequence[Cell]) -> list[Cell]:
     return list({cell.digest: cell for cell in reversed(list(cells))}.values())[::-1]
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long for any file
-        return False
-
-
 def load_study(path: Path, quick: bool = False) -> Study:
     """Read a study's file, and see that all its runs can be had.
 
@@ -271,7 +265,7 @@ def load_study(path: Path, quick: bool = False) -> Study:
         raise ConfigError(explain(error, document, path, StudyFile)) from None
     study = Study(path, file, quick)
     base = path.parent / file.base
-    if not _is_file(base):
+    if not is_file(base):
         raise ConfigError(f"{path}: base: no such file: {one_line(str(base), 300)}")
     trials, finals = study.size
     if trials + finals > MOST_CELLS:
