@@ -204,3 +204,23 @@ def test_another_model_s_times_are_told(tmp_path: Path) -> None:
 def test_a_directory_whose_name_none_can_have_is_not_there(name: str) -> None:
     with pytest.raises(DataError, match=r"cannot be read: (No such file|File name too long)"):
         settled_growth(config(Path(name)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("ranks: [7]", "The batch stays: the smallest larger choice, 224, is more than"),
+        ("ranks: [7], limit: 4", None),
+        ("ranks: [64]", "No larger batch can be chosen"),  # 2,048, past batch.max
+        ("ranks: [1, 2]", None),
+    ],
+)
+def test_a_choice_that_can_never_be_taken_is_told(
+    settings: str, told: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    growth = f"{{policy: goodput, {settings}, model: {{per_image: 1.0e-4, fixed: 2.0e-3}}}}"
+    words = ["plan", str(DEMO), f"batch.growth={growth}", "ranks={start: 1, max: 4}"]
+    assert main([*words, "lr.on_growth=1"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert ("The batch stays" in text or "No larger batch" in text) == (told is not None)
+    assert told is None or told in text

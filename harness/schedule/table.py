@@ -356,6 +356,14 @@ def _goodput_sentences(config: Config) -> Iterator[str]:
             f"Speed is measured on up to {counted(model.measured_ranks, 'rank')}; what it says of "
             f"up to {most:,} is the model's word."
         )
+    larger = min((size for size in options.batches if size > policy.initial), default=None)
+    if larger is None:
+        yield "No larger batch can be chosen: none of ranks × accumulation × micro is in bounds."
+    elif policy.limit is not None and larger > policy.initial * policy.limit:
+        yield (
+            f"The batch stays: the smallest larger choice, {larger:,}, is more than "
+            f"batch.growth.limit = {policy.limit:g} times {policy.initial:,}."
+        )
     first = options.fastest(policy.initial)
     if first.ranks != start and first.ranks <= config.ranks.ceiling:
         gain = first.images_per_sec / options.option(start, policy.initial).images_per_sec
