@@ -95,6 +95,15 @@ def test_every_page_is_listed_once(page: Path) -> None:
     assert navigation().count(page.relative_to(DOCS).as_posix()) == 1
 
 
+@pytest.mark.parametrize("folder", ["harness", "launch"])
+def test_the_tree_of_the_architecture_names_every_module(folder: str) -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    names = {path.stem for path in (ROOT / folder).glob("*.py") if path.stem[0] != "_"}
+    names |= {path.parent.name for path in (ROOT / folder).glob("*/__init__.py")}
+    assert names
+    assert {name for name in names if not re.search(rf"\b{name}\b", text)} == set()
+
+
 def test_the_readme_can_be_read_at_once() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 120
 
