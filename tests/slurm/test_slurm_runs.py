@@ -240,3 +240,52 @@ def test_names_that_a_shell_would_read_and_a_stop_that_stays_one(
     assert identical(weights(run.path), weights(alone))
     assert list(tmp_path.rglob("canary")) == []
     assert len(list((run.path / "slurm").glob("*.out"))) == 2
+
+
+STUDY = """
+name: tiny
+title: Two batches
+question: Does it run?
+base: base.yaml
+set: {train.duration: 1ep, lr.scaling: none, lr.warmup: null}
+variants: {plain: {}}
+grid: {batch.initial: [48, 96]}
+tune: {key: lr.base, values: [0.01, 0.05], seeds: [100]}
+seeds: [0, 1]
+table: [accuracy, updates]
+figure: [{kind: lines, y: accuracy}]
+findings:
+  - {kind: trend, of: updates, a: plain, expect: less, says: Fewer updates}
+"""
+
+
+def test_a_study_is_an_array_of_trials_then_one_of_runs_and_a_page(
+    cluster: SlurmBed, tmp_path: Path
+) -> None:
+    run = SlurmRun(cluster, tmp_path, "study")
+    (tmp_path / "study.yaml").write_text(STUDY, encoding="utf-8")
+    (tmp_path / "base.yaml").write_text(
+        f"extends: {CONFIG}\nmodel: {{name: 'mine:net'}}\n"
+        "batch: {initial: 48, max: null, micro: 12, growth: {policy: fixed}}\n"
+        "launch: {interfaces: [eth0]}\nlr: {on_growth: 1.0}\n"
+        "ranks: {start: 2, per_node: 1, threads: 1}\n",
+        encoding="utf-8",
+    )
+
+    def study(*words: str) -> str:
+        done = run.harness("study", "study.yaml", "-o", run.path, *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    cells = run.path / "cells"
+    for _ in range(2):  # of each size two rates; then of each size two seeds
+        study("--submit")
+        jobs = json.loads((cells / "slurm" / "jobs.json").read_text(encoding="utf-8"))["jobs"]
+        assert [job["kind"] for job in jobs[-2:]] == ["sweep", "gather"]
+        run.finish(jobs[-1]["id"])
+    assert "all runs are over" in study("--submit")
+    study("--gather")
+    page = (run.path / "tiny.md").read_text(encoding="utf-8")
+    assert "| 1 | Fewer updates | " in page
+    assert "4 runs and 4 trials" in page
+    assert [used(cell) for cell in sorted(cells.glob("plain-*"))] == [[2]] * 4
