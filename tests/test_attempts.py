@@ -188,6 +188,7 @@ def test_frozen_before_any_system_call_an_old_attempt_harms_no_newer_one(
     each: int, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A newer attempt does all of its work while the old one sleeps; then that wakes up."""
+    calls_of(monkeypatch, begun(tmp_path / "first", kind))  # what it imports is calls, too
     total = calls_of(monkeypatch, begun(tmp_path / "count", kind))
     assert total > 100
     outcomes = set()

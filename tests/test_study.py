@@ -660,7 +660,9 @@ def test_the_fewest_runs_of_a_quick_study_end_to_end(tmp_path: Path) -> None:
     told = [int(cell) if cell.strip().isdigit() else 0 for cell in index.split("|")[3:7]]
     assert sum(told) == len(verdicts)
     assert "## Findings" in page
-    assert "harness study configs/studies/adabatch.yaml --quick --results docs/studies" in page
+    assert "harness study configs/studies/adabatch.yaml --quick\n" in page
+    assert "## Discussion" not in page  # which speaks of the whole study
+    assert "ratio 1 [1, 1]" not in page  # the batch has grown
     with (results / "adabatch.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["state"] for row in rows} == {"done"}
