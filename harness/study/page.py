@@ -124,7 +124,9 @@ def markdown(results: Results) -> str:
 
 
 def _wrapped(text: str) -> str:
-    return textwrap.fill(" ".join(text.split()), 110, break_long_words=False)
+    words = " ".join(text.split())
+    # A link's address has hyphens and may not be broken at one.
+    return textwrap.fill(words, 110, break_long_words=False, break_on_hyphens=False)
 
 
 def _findings(found: Sequence[Found], study: Study) -> Iterator[str]:
