@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import random
 import subprocess
@@ -22,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import exp, log
+from math import log
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +74,7 @@ def _compare(folder: Path, rate: str, repeats: int, duration: str) -> list[Timed
     from testbed import Testbed
 
     from harness.environment import CYCLE_TIME, FUSION, YIELD
+    from harness.jsonl import read_jsonl
 
     os.environ.update({"OMP_NUM_THREADS": "1", CYCLE_TIME: "0.1", FUSION: "0", YIELD: "1"})
     passed = ["PATH", "OMP_NUM_THREADS", CYCLE_TIME, FUSION, YIELD]
@@ -90,8 +90,7 @@ def _compare(folder: Path, rate: str, repeats: int, duration: str) -> list[Timed
                 done = subprocess.run(bed.mpirun(command, passed), capture_output=True, text=True)
                 if done.returncode:
                     raise SystemExit(f"{name} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-                lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
-                events = [json.loads(line) for line in lines]
+                events = [line for line in read_jsonl(run / "events.jsonl") if line]
                 end = next(one for one in events if one["kind"] == "end")
                 last = [one for one in events if one["kind"] == "evaluation"][-1]
                 print(f"{link}: {name}, {repeat}", file=sys.stderr, flush=True)
@@ -137,9 +136,9 @@ def page(runs: Sequence[Timed], duration: str) -> str:
         f"Devarakonda, Naumov and Garland (2017, Section 3) print {printed} for VGG19 and",
         "ResNet-20 on CIFAR-100 and four P100, of batches that grow from 1,024 to 16,384 against a",
         "fixed batch of 128. Theirs begin eight times larger, on devices that large batches fill",
-        "better. Here all begin with 64, and a core takes as long for an image in a large batch as",
-        "in a small one: what is saved is the fixed cost of an update and its allreduce, and at",
-        "most as much as updates are.",
+        "better. Here all begin with 64 and grow by accumulation, so that an image takes as long",
+        "in a large batch as in a small one: what is saved is the fixed cost of an update and its",
+        "allreduce, and at most as much as updates are.",
         "",
         f"Every run: [{NAME}.csv]({NAME}.csv).",
         "",
@@ -147,17 +146,15 @@ def page(runs: Sequence[Timed], duration: str) -> str:
 
 
 def row(runs: Sequence[Timed], link: str, variant: str) -> str:
-    from harness.student import mean_interval
+    from harness.student import ratio_text
 
     def of(name: str) -> list[Timed]:
         return [one for one in runs if (one.link, one.variant) == (link, name)]
 
     own = of(variant)
     pairs = zip(of("fixed-64"), own, strict=True)
-    mean, low, high = mean_interval([log(slow.seconds / fast.seconds) for slow, fast in pairs])
-    told = f"{exp(mean):.2f}"
-    if low is not None and high is not None and variant != "fixed-64":
-        told += f" ({exp(low):.2f} to {exp(high):.2f})"
+    logs = [log(slow.seconds / fast.seconds) for slow, fast in pairs]
+    told = "1.00" if variant == "fixed-64" else ratio_text(logs)
     seconds = sum(one.seconds for one in own) / len(own)
     accuracy = 100 * sum(one.accuracy for one in own) / len(own)
     return f"| {link} | {variant} | {own[0].updates} | {seconds:.2f} | {told} | {accuracy:.2f} |"

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import math
 import os
 import random
@@ -36,7 +35,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from harness.student import mean_interval
+from harness.jsonl import read_jsonl
+from harness.student import mean_interval, ratio_text
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -121,7 +121,7 @@ def command(where: Where, *words: object) -> None:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in read_jsonl(path) if line]
 
 
 def finished(directory: Path) -> bool:
@@ -193,12 +193,7 @@ def paired(runs: Sequence[Reached], arm: str, other: str, cost: bool) -> list[fl
 
 def told(logs: Sequence[float]) -> str:
     """A geometric mean with its 95 % interval."""
-    if not logs:
-        return "–"
-    mean, low, high = mean_interval(logs)
-    if low is None or high is None:
-        return f"{math.exp(mean):.2f}"
-    return f"{math.exp(mean):.2f} ({math.exp(low):.2f} to {math.exp(high):.2f})"
+    return ratio_text(logs) if logs else "–"
 
 
 def page(runs: Sequence[Reached], names: Sequence[str], options: argparse.Namespace) -> str:

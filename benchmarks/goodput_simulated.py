@@ -32,7 +32,7 @@ from harness.schedule.choices import Choice, UpdateTime, rank_counts, statistica
 from harness.schedule.clock import Clock
 from harness.schedule.goodput import Goodput, Objective, Options
 from harness.schedule.growth import Geometric, Observation, StageScheduler
-from harness.student import mean_interval
+from harness.student import ratio_text
 from harness.units import Duration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -273,10 +273,7 @@ def ratio(table: Table, arm: str, base: str, cost: bool) -> str:
         )
         for seed in seeds
     ]
-    mean, low, high = mean_interval(logs)
-    if low is None or high is None:
-        return f"{math.exp(mean):.2f}"
-    return f"{math.exp(mean):.2f} ({math.exp(low):.2f} to {math.exp(high):.2f})"
+    return ratio_text(logs)
 
 
 def mean(table: Table, arm: str, cost: bool) -> float:

@@ -73,12 +73,10 @@ _EXTENDS = {
 
 def _name_the_known(definitions: dict[str, Any]) -> None:
     """The names that are more than text, beside what is one's own (package.module:callable)."""
-    for section, key, names in (
-        ("Data", "dataset", named()["data.dataset"]),
-        ("Model", "name", named()["model.name"]),
-        ("Optimizer", "name", named()["optimizer.name"]),
-    ):
-        definitions[section]["properties"][key] |= {"anyOf": [{"enum": names}, {"pattern": ":"}]}
+    for key, names in named().items():
+        section, field = key.split(".")
+        known = definitions[section.capitalize()]["properties"][field]
+        known |= {"anyOf": [{"enum": names}, {"pattern": ":"}]}
 
 
 def named() -> dict[str, list[str]]:

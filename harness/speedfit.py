@@ -98,23 +98,17 @@ def speed_model(config: Config, paths: Sequence[Path]) -> SpeedModel:
         return _of_one(config, points)
     fit = _fit(config, points, paths, probes)
     found = {one.name.replace(".", "_"): one.interval.value for one in fit.coefficients}
+    # Nobody knows how many ranks a node could have had that had all of them.
+    apart = any(point.nodes > 1 for point in points)
     return SpeedModel(
         **{name: _six_digits(value) for name, value in found.items()},
         gradient_bytes=fit.wire.gradient_bytes,
         buckets=fit.wire.buckets,
         topology=fit.topology,
-        ranks_per_node=config.ranks.per_node or _per_node(points),
+        ranks_per_node=config.ranks.per_node or (fit.ranks_per_node if apart else None),
         measured_ranks=most,
         misfit=_six_digits(fit.misfit),
     )
-
-
-def _per_node(points: Sequence[Point]) -> int | None:
-    """The most ranks that a node had where several nodes were measured; None if one had all, of
-    which nobody knows how many it could have had."""
-    if all(point.nodes == 1 for point in points):
-        return None
-    return max(-(-point.ranks // point.nodes) for point in points)
 
 
 def _six_digits(value: float) -> float:

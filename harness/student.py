@@ -25,3 +25,11 @@ def mean_interval(
     variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
     half = student_quantile(len(values) - 1, confidence) * math.sqrt(variance / len(values))
     return mean, mean - half, mean + half
+
+
+def ratio_text(logs: Sequence[float], confidence: float = CONFIDENCE) -> str:
+    """The geometric mean of ratios, whose logarithms these are, such as ``1.29 (0.84 to 1.99)``."""
+    mean, low, high = mean_interval(logs, confidence)
+    if low is None or high is None:
+        return f"{math.exp(mean):.2f}"
+    return f"{math.exp(mean):.2f} ({math.exp(low):.2f} to {math.exp(high):.2f})"

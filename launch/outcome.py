@@ -13,6 +13,7 @@ from harness.errors import HarnessError, StoppedEarly, StorageError, Superseded,
 from harness.jsonl import read_object
 from harness.resume import has_finished, ranks_wanted
 from harness.rundir import RunDirectory
+from harness.wording import signal_name
 from launch import elastic
 from launch.deaths import Death, first_death, lost_host
 from launch.hangs import Hang
@@ -156,10 +157,7 @@ def _cause(death: Death, host: str | None, killed_for_memory: int) -> str:
     where = f" on {death.host or host}" if death.host or host else ""
     rank = "a rank" if death.rank is None else f"rank {death.rank}"
     if death.signal is not None:
-        try:
-            name = signal.Signals(death.signal).name
-        except ValueError:
-            name = "unknown"
+        name = signal_name(death.signal) or "unknown"
         why = _memory(death, killed_for_memory)
         return f"{rank}{where} was killed by signal {death.signal} ({name}{why})"
     if death.exit_code is None:

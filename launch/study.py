@@ -34,7 +34,7 @@ from harness.study.cells import Arm, Cell, Study, alone, load_study, trial_text
 from harness.study.metrics import METRICS
 from harness.study.page import Results, write, write_index
 from harness.study.runs import Measured, measure, state
-from harness.wording import counted
+from harness.wording import counted, signal_name
 from harness.yamlfile import one_line
 from launch.graph import SubmitRequest
 from launch.slurm import MAX_POINTS
@@ -383,10 +383,7 @@ def _ending(code: int) -> str:
     """Of a process, in words."""
     if code >= 0:
         return f"exit code {code}"
-    try:
-        return signal.Signals(-code).name
-    except ValueError:  # one of the real-time ones
-        return f"signal {-code}"
+    return signal_name(-code) or f"signal {-code}"
 
 
 def _ask(child: subprocess.Popen[str], request: dict[str, str]) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
+from support import ROOT, require
 
 from harness.data_sizes import CIFAR_FOLDERS, CIFAR_TEST, CIFAR_TRAIN, IDX_FOLDERS, IDX_PARTS
 from harness.dataset_table import DATASETS
@@ -232,8 +232,7 @@ def test_versions_are_those_of_the_packages() -> None:
 def test_what_is_looked_at_loads() -> None:
     """Of an environment in which training works nothing is warned of."""
     for name in ("torch", "torchvision"):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed")
+        require(importlib.util.find_spec(name) is not None, f"{name} is not installed")
     told = found(quick=False)
     assert {name: told[name].status for name in ("torch", "torchvision")} == {
         "torch": "ok",

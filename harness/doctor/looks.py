@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from harness.wording import signal_name
+
 PATIENCE = 90.0
 """Seconds; a file server that is slow needs some of them for torch."""
 
@@ -118,9 +120,8 @@ def _answer(code: int, out: str, err: str) -> Look:
             facts = json.loads(answers[-1])
             if isinstance(facts, dict):
                 return Look(facts, errors=err)
-    if code < 0:
-        with suppress(ValueError):
-            return Look(failure=f"crashes ({signal.Signals(-code).name})", errors=err)
+    if code < 0 and (name := signal_name(-code)):
+        return Look(failure=f"crashes ({name})", errors=err)
     said = [line.strip() for line in err.splitlines() if line.strip()]
     last = said[-1] if said else f"ends with exit code {code}, without a word"
     return Look(failure=last[:400], errors=err)

@@ -30,11 +30,10 @@ _PATIENCE = 30.0
 def storage(directory: Path) -> list[Finding]:
     """Findings on the directory, or on the nearest one above it that is there."""
     place = nearest(directory)
-    absolute = directory.absolute()
-    for inside in (absolute, *absolute.parents):
-        if inside != place and inside.is_relative_to(place) and os.path.lexists(inside):
-            text, other = f"{inside} is not a directory", "name another one with --run-dir"
-            return [_found("directory", text, "missing", other, {"directory": str(inside)})]
+    below = directory.absolute().relative_to(place).parts[:1]
+    if below and os.path.lexists(inside := place / below[0]):
+        text, other = f"{inside} is not a directory", "name another one with --run-dir"
+        return [_found("directory", text, "missing", other, {"directory": str(inside)})]
     words = [sys.executable, "-m", "harness.doctor.storage", os.fspath(place)]
     return judged(place, look_at(words, _PATIENCE, os.environ))
 

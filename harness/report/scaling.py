@@ -51,6 +51,11 @@ class Point:
     def seconds_per_update(self) -> float | None:
         return self.global_batch / self.images_per_sec if self.global_batch else None
 
+    @property
+    def half_width(self) -> float | None:
+        """Of the interval, in images per second."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
 
 @dataclass(frozen=True)
 class Scaled:
@@ -96,18 +101,11 @@ class Series:
         found = self.knee()
         alone = self.first.images_per_sec / self.first.ranks
         for before, after in pairwise(self.points):
-            spreads = [_relative(point) for point in (before, after)]
-            if None in spreads:
-                continue
-            gain = after.images_per_sec - before.images_per_sec
-            halves = [
-                spread * point.images_per_sec
-                for spread, point in zip(spreads, (before, after), strict=True)
-                if spread is not None
-            ]
-            enough = HALF * alone * (after.ranks - before.ranks)
-            if abs(gain - enough) < math.hypot(*halves):
-                return False
+            if before.half_width is not None and after.half_width is not None:
+                gain = after.images_per_sec - before.images_per_sec
+                enough = HALF * alone * (after.ranks - before.ranks)
+                if abs(gain - enough) < math.hypot(before.half_width, after.half_width):
+                    return False
             if before.ranks == found:
                 break
         return True
@@ -127,18 +125,13 @@ def _scaled(point: Point, first: Point) -> Scaled:
     speedup = point.images_per_sec / first.images_per_sec
     efficiency = speedup * first.ranks / point.ranks
     low = high = None
-    spreads = [_relative(p) for p in {id(p): p for p in (point, first)}.values()]
-    if point is not first and all(s is not None for s in spreads):
+    if point is not first and point.half_width is not None and first.half_width is not None:
         # Independent points: relative half widths of a quotient add up in squares.
-        half = math.sqrt(sum(s * s for s in spreads if s is not None))
+        half = math.hypot(
+            point.half_width / point.images_per_sec, first.half_width / first.images_per_sec
+        )
         low, high = efficiency * max(1 - half, 0), efficiency * (1 + half)
     return Scaled(point, speedup, efficiency, low, high)
-
-
-def _relative(point: Point) -> float | None:
-    if point.low is None or point.high is None:
-        return None
-    return (point.high - point.low) / 2 / point.images_per_sec
 
 
 def series_of(
